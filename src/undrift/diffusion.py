@@ -1,0 +1,180 @@
+r"""A diffusion is a process with a model of the data: it has a score, and it predicts x0.
+
+Two kinds, and every sampler runs both:
+
+* :class:`Diffusion` = process x denoiser. The score is :math:`-S_t^{-1}(z - m_t \otimes D(\tilde x, \sigma))`; one denoiser
+  serves every process.
+* :class:`NoiseDiffusion`, the papers' way: a network sees all K channels and predicts the noise of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from undrift._linalg import as_f64, sqrt_sum
+from undrift.denoise.base import Denoiser
+from undrift.process.linear import LinearProcess, mix
+
+__all__ = ["Diffusion", "NoiseDiffusion", "Predictor"]
+
+Predictor = Callable[..., Tensor]
+"""``predictor(z, i, **condition)`` -> prediction (batch, P, *event) at the i-th of the times it was made for."""
+
+
+def _inverse_cov(root: Tensor, v: Tensor) -> Tensor:
+    """(L L')^-1 applied to the columns of v (..., K, J)."""
+    u = torch.linalg.solve_triangular(root, v, upper=False)
+    return torch.linalg.solve_triangular(root.mT, u, upper=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion:
+    """Process x denoiser.
+
+    Args:
+        process: any linear process.
+        denoiser: any denoiser, whatever process or noise levels it was made with.
+    """
+
+    process: LinearProcess
+    denoiser: Denoiser
+
+    @property
+    def predictions(self) -> int:
+        """P = 1: the model predicts channel 0 of the start state; the auxiliaries' start has mean 0."""
+        return 1
+
+    def predict(self, z: Tensor, t: object, **condition: Any) -> Tensor:
+        """E[x0 | z_t = z]: z (batch, K, *event), one time or one per sample; returns (batch, *event)."""
+        x, sigma = self.process.statistic(z, t)
+        return self.denoiser(x, sigma.to(x), **condition)
+
+    def score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
+        """grad log p_t(z), same shape as z (batch, K, *event)."""
+        x0 = self.predict(z, t, **condition)
+        mean, root = self.process.kernel(self.process._per_sample(z, t))
+        eye = torch.eye(self.process.channels, dtype=root.dtype)
+        return mix(-_inverse_cov(root, torch.cat([eye.expand_as(root), -mean.unsqueeze(-1)], -1)), torch.cat([z, x0.unsqueeze(1)], 1))
+
+    def predictor(self, times: Tensor) -> Predictor:
+        """Predictor at fixed times (N,), its coefficients computed once; P = 1."""
+        snr, row = self.process._weights(times)
+        sigma = snr.rsqrt()
+
+        def predict(z: Tensor, i: int, **condition: Any) -> Tensor:
+            x = mix(row[i].unsqueeze(0), z).squeeze(1)
+            return self.denoiser(x, sigma[i].to(x).expand(z.shape[0]), **condition).unsqueeze(1)
+
+        return predict
+
+
+class NoiseDiffusion:
+    r"""The papers' parametrisation: a network :math:`\epsilon_\theta` on all K channels, tied to one process.
+
+    .. math:: \nabla \log p_t(z) \approx s_\theta(z, t) = b_t(z) - L_t^{-\top} \epsilon_\theta(z / \text{scale}_t, c_t)
+
+    with :math:`L_t L_t^\top = S_t` and label :math:`c_t = \frac14 \log \sigma(t)`. The baseline :math:`b_t` is 0, or with
+    ``mixed`` the score of Gaussian data of deviation ``data_std``, so that the network learns the departure from it.
+
+    Args:
+        process: the process the network is trained for.
+        network: maps (batch, K, *event) and labels (batch,) to (batch, K, *event).
+        kernel: "hsm" if trained by hybrid score matching (auxiliary start integrated out), "dsm" if conditioned on it;
+            the score must be read with the covariance of the kernel that trained it.
+        factor: "lower" Cholesky, or the "upper" triangular root.
+        mixed: add the Gaussian baseline.
+        data_std: deviation of one data coordinate; scales the network's inputs and the baseline.
+
+    References:
+        Pandey & Mandt 2023, eq. 9-10; Dockhorn et al. 2022, eq. 8-9 (hybrid score matching and mixed score).
+    """
+
+    def __init__(
+        self,
+        process: LinearProcess,
+        network: Callable[..., Tensor],
+        kernel: Literal["hsm", "dsm"] = "hsm",
+        factor: Literal["lower", "upper"] = "lower",
+        mixed: bool = False,
+        data_std: float = 1.0,
+    ) -> None:
+        if kernel not in ("hsm", "dsm"):
+            raise ValueError(f"NoiseDiffusion: kernel must be 'hsm' or 'dsm', got {kernel!r}.")
+        if factor not in ("lower", "upper"):
+            raise ValueError(f"NoiseDiffusion: factor must be 'lower' or 'upper', got {factor!r}.")
+        if not data_std > 0:
+            raise ValueError(f"NoiseDiffusion: data_std must be positive, got {data_std}.")
+        self.process, self.network = process, network
+        self.kernel, self.factor, self.mixed, self.data_std = kernel, factor, mixed, data_std
+
+    @property
+    def predictions(self) -> int:
+        """P = K: the model predicts every channel of the start state."""
+        return self.process.channels
+
+    def noise_root(self, t: Tensor) -> Tensor:
+        """Root (..., K, K) that the network's noise is measured in: of the kernel it was trained by, lower or upper."""
+        if self.kernel == "hsm":
+            root = self.process.marginal(t)[1]
+        else:
+            root = self.process.transition(torch.zeros_like(t), t)[1]
+        if self.factor == "upper":
+            # Reversing the channels turns a lower Cholesky factor into an upper one.
+            flipped = torch.linalg.qr(root.flip(-2).mT, mode="r").R.mT
+            sign = torch.where(flipped.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+            root = (flipped * sign.unsqueeze(-2)).flip(-1, -2)
+        return root
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the network needs at times t (N,): root (N, K, K), baseline matrix b (N, K, K), input scales (N, K), labels (N,)."""
+        mean, full = self.process.kernel(t)
+        p = full @ full.mT + self.data_std**2 * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        scale = p.diagonal(dim1=-2, dim2=-1).sqrt()
+        baseline = torch.zeros_like(p)
+        if self.mixed:
+            gaussian = sqrt_sum(full, self.data_std * mean.unsqueeze(-1))
+            baseline = -_inverse_cov(gaussian, torch.eye(p.shape[-1], dtype=p.dtype).expand_as(p))
+        return self.noise_root(t), baseline, scale, 0.25 * self.process.sigma(t).log()
+
+    def _noise(self, z: Tensor, scale: Tensor, label: Tensor, **condition: Any) -> Tensor:
+        scaled = z / scale.to(z).reshape(-1, scale.shape[-1], *[1] * (z.ndim - 2))
+        return self.network(scaled, label.to(z).expand(z.shape[0]), **condition)
+
+    def noise(self, z: Tensor, t: object, **condition: Any) -> Tensor:
+        """Network output at z (batch, K, *event) and times (batch,) or one time: same shape as z."""
+        _, _, scale, label = self.coefficients(self.process._per_sample(z, t))
+        return self._noise(z, scale, label, **condition)
+
+    def score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
+        """Estimated grad log p_t(z), same shape as z (batch, K, *event)."""
+        root, baseline, scale, label = self.coefficients(self.process._per_sample(z, t))
+        noise = self._noise(z, scale, label, **condition)
+        return mix(torch.cat([baseline, -torch.linalg.inv(root).mT], -1), torch.cat([z, noise], 1))
+
+    def predict(self, z: Tensor, t: object, **condition: Any) -> Tensor:
+        r"""x0 by the part of the score that speaks about it: :math:`m^\top S^{-1}(z + S s)/snr`; (batch, *event)."""
+        time = self.process._per_sample(z, t)
+        _, full = self.process.kernel(time)
+        row = self.process._weights(time)[1].unsqueeze(-2)
+        s = self.score(z, time, **condition)
+        return mix(torch.cat([row, row @ full @ full.mT], -1), torch.cat([z, s], 1)).squeeze(1)
+
+    def predictor(self, times: Tensor) -> Predictor:
+        r"""Predictor of the whole start state at fixed times (N,): :math:`\Phi^{-1}(z + S_t s_\theta)`, P = K (Tweedie)."""
+        times = as_f64(times)
+        phi, full = self.process.marginal(times)
+        root, baseline, scale, label = self.coefficients(times)
+        s = full @ full.mT
+        eye = torch.eye(s.shape[-1], dtype=s.dtype)
+        back = torch.linalg.solve(phi, torch.cat([eye + s @ baseline, -s @ torch.linalg.inv(root).mT], -1))
+
+        def predict(z: Tensor, i: int, **condition: Any) -> Tensor:
+            noise = self._noise(z, scale[i].unsqueeze(0), label[i], **condition)
+            return mix(back[i], torch.cat([z, noise.to(z)], 1))
+
+        return predict
