@@ -1,0 +1,6 @@
+"""What is out there: the posterior mean of the data given a noisy view of it, known in closed form or learned."""
+
+from undrift.denoise.base import Denoiser
+from undrift.denoise.closed_form import GaussianDenoiser, MixtureDenoiser
+
+__all__ = ["Denoiser", "GaussianDenoiser", "MixtureDenoiser"]
