@@ -26,8 +26,12 @@ _TAYLOR_DEGREE = 18  # with |A b| <= 1 the remainder is below 1/19! = 8e-18
 
 
 def as_f64(value: object) -> Tensor:
-    """``value`` (number, sequence, array or tensor) as a float64 tensor; gradients and device are kept."""
-    return torch.as_tensor(value, dtype=torch.float64)
+    """``value`` (number, sequence, array or tensor) as a float64 tensor on the CPU; gradients are kept.
+
+    Coefficients live on the CPU wherever times and parameters come from: K x K matrices are too small for an
+    accelerator, and they are moved to the state's device where they meet it.
+    """
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def expm(a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +59,11 @@ def expm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sqrt_sum(*roots: Tensor) -> Tensor:
-    r"""Lower Cholesky factor of :math:`\sum_i R_i R_i^\top` from roots ``R_i`` (..., K, J_i): shape (..., K, K)."""
+    r"""Lower Cholesky factor of :math:`\sum_i R_i R_i^\top` from roots ``R_i`` (..., K, J_i): shape (..., K, K).
+
+    The stacked rows are sorted by size: Householder QR keeps small rows accurate only below larger ones, and a start
+    of the auxiliaries dwarfs the noise of a short time.
+    """
     batch = torch.broadcast_shapes(*(r.shape[:-2] for r in roots))
     stack = torch.cat([r.expand(*batch, *r.shape[-2:]) for r in roots], dim=-1)
     k, columns = stack.shape[-2:]
@@ -63,7 +71,10 @@ def sqrt_sum(*roots: Tensor) -> Tensor:
         stack = torch.nn.functional.pad(stack, (0, k - columns))
     if k == 1:
         return torch.linalg.vector_norm(stack, dim=-1, keepdim=True)
-    upper = torch.linalg.qr(stack.mT, mode="r").R
+    order = stack.detach().abs().amax(-2).argsort(-1, descending=True)
+    stack = stack.gather(-1, order.unsqueeze(-2).expand_as(stack))
+    # Without its Q factor (mode "r") the decomposition is cheaper, and has no derivative.
+    upper = torch.linalg.qr(stack.mT, mode="reduced" if stack.requires_grad else "r").R
     sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return (upper * sign.unsqueeze(-1)).mT
 
@@ -71,15 +82,19 @@ def sqrt_sum(*roots: Tensor) -> Tensor:
 def psd_sqrt(m: Tensor) -> Tensor:
     r"""Lower-triangular root of a positive *semi*-definite ``m`` (..., K, K); a zero pivot gives a zero column.
 
-    Cholesky without its demand for full rank: noise on some channels only is the normal case here.
+    Cholesky without its demand for full rank: noise on some channels only is the normal case here. A pivot is zero if
+    it is below 1e-13 of its own diagonal entry, so channels may differ in scale by any factor. A root is not
+    differentiable at a zero pivot; there its derivative is taken as zero.
     """
-    tol = 1e-13 * m.detach().diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    tol = 1e-13 * m.detach().diagonal(dim1=-2, dim2=-1).abs()
     rest, columns = m, []
     for j in range(m.shape[-1]):
         pivot = rest[..., j, j]
-        used = pivot > tol
+        used = pivot > tol[..., j]
         safe = torch.where(used, pivot, torch.ones_like(pivot))
-        column = torch.where(used.unsqueeze(-1), rest[..., :, j] / safe.sqrt().unsqueeze(-1), torch.zeros_like(m[..., 0]))
+        column = torch.where(
+            used.unsqueeze(-1), rest[..., :, j] / safe.sqrt().unsqueeze(-1), torch.zeros_like(m[..., 0])
+        )
         rows = torch.arange(m.shape[-1], device=m.device) >= j
         column = column * rows
         rest = rest - column.unsqueeze(-1) * column.unsqueeze(-2)

@@ -1,13 +1,13 @@
 r"""Objects from plain data and back: one typed schema for configuration files, flags and checkpoints.
 
-``build`` makes an object from nested dictionaries, with the constructor's own annotations as the schema; ``describe`` is its
-inverse. A family (processes, clocks, samplers, networks, ...) is a base class, and its members are the concrete subclasses
-that are in memory: nothing is ever imported because a file says so.
+``build`` makes an object from nested dictionaries, with the constructor's own annotations as the schema; ``describe``
+is its inverse. A family (processes, clocks, samplers, networks, ...) is a base class, and its members are the concrete
+subclasses that are in memory: nothing is ever imported because a file says so.
 
     build({"type": "PSLD", "gamma": 0.02, "clock": {"type": "ConstantClock", "rate": 4.0}}, LinearProcess)
 
-A name alone stands for its defaults: ``build("VP", LinearProcess)``. Every error names the place, what stood there, and what
-would be allowed.
+A name alone stands for its defaults: ``build("VP", LinearProcess)``. Every error names the place, what stood there, and
+what would be allowed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 import torch
@@ -47,19 +48,25 @@ def family(base: type) -> dict[str, type]:
 
 
 def _describable(cls: type) -> bool:
-    return dataclasses.is_dataclass(cls) or "config" in vars(cls) or any("config" in vars(b) for b in cls.__mro__)
+    """Whether plain data can make one: its arguments are known, and none that it needs is a Python function."""
+    if not dataclasses.is_dataclass(cls) and not any("config" in vars(b) for b in cls.__mro__):
+        return False
+    required = (annotation for annotation, default in schema(cls).values() if default is inspect.Parameter.empty)
+    return not any(annotation is Callable or typing.get_origin(annotation) is Callable for annotation in required)
 
 
 @functools.cache
 def schema(cls: type) -> dict[str, tuple[Any, Any]]:
     """Keys a configuration of ``cls`` may give: name -> (annotation, default or ``inspect.Parameter.empty``)."""
-    hints = typing.get_type_hints(cls.__init__)
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    # A dataclass inherits annotations from modules with names of their own; only the class knows where each belongs.
+    init = cls.__init__  # type: ignore[misc]
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else init)
+    parameters = list(inspect.signature(init).parameters.values())[1:]
     out = {}
     for p in parameters:
         default = p.default
         if type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
-            default = {f.name: f for f in dataclasses.fields(cls)}[p.name].default_factory()  # type: ignore[misc, arg-type]
+            default = {f.name: f for f in dataclasses.fields(cls)}[p.name].default_factory()  # type: ignore[operator]
         out[p.name] = (hints.get(p.name, Any), default)
     return out
 
@@ -110,6 +117,8 @@ def build(data: Any, expected: Any, place: str = "") -> Any:
     elif expected is float:
         if isinstance(data, (int, float)) and not isinstance(data, bool):
             return float(data)
+        if isinstance(data, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", data):
+            return float(data)  # YAML 1.1 reads 1e-3, without a point, as a text
     elif expected is int:
         if isinstance(data, int) and not isinstance(data, bool):
             return data
@@ -146,7 +155,11 @@ def _build_union(data: Any, args: tuple[Any, ...], place: str) -> Any:
             return build(data, option, place)
         except ConfigError as error:
             errors.append(error)
-    objects = [e for a, e in zip(args, errors, strict=True) if inspect.isclass(a) and a not in _PLAIN and a not in (Tensor, type(None))]
+    objects = [
+        e
+        for a, e in zip(args, errors, strict=True)
+        if inspect.isclass(a) and a not in _PLAIN and a not in (Tensor, type(None))
+    ]
     if isinstance(data, (Mapping, str)) and objects:
         raise objects[0]  # the member that a dictionary or a name was meant for says more than the list of all
     where = f"{place}: " if place else ""
@@ -167,13 +180,16 @@ def _build_object(data: Any, expected: type, place: str) -> Any:
     if name is None:
         raise ConfigError(f"{where}needs a key 'type': one of {', '.join(members)}.")
     if name not in members:
-        raise ConfigError(f"{place + '.' if place else ''}type: unknown {name!r}{_near(str(name), members)}; one of {', '.join(members)}.")
+        near = _near(str(name), members)
+        raise ConfigError(f"{place + '.' if place else ''}type: unknown {name!r}{near}; one of {', '.join(members)}.")
     cls = members[name]
     fields = schema(cls)
     for key in keys:
         if key not in fields:
             allowed = ", ".join(fields) or "no settings"
-            raise ConfigError(f"{place + '.' if place else ''}{key}: unknown key{_near(key, fields)}; {name} takes {allowed}.")
+            raise ConfigError(
+                f"{place + '.' if place else ''}{key}: unknown key{_near(key, fields)}; {name} takes {allowed}."
+            )
     missing = [k for k, (_, default) in fields.items() if default is inspect.Parameter.empty and k not in keys]
     if missing:
         raise ConfigError(f"{where}{name} needs {', '.join(missing)}.")

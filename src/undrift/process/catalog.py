@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undrift._linalg import as_f64
-from undrift.process.clock import Clock, ConstantClock, LinearClock, Number, PowerClock, _positive
+from undrift.process.clock import Clock, ConstantClock, LinearClock, Number, PowerClock, _positive, number
 from undrift.process.linear import ClockedProcess, ScalarProcess, auxiliary_start
 from undrift.process.recipe import RecipeProcess, validate_recipe
 
@@ -52,7 +52,9 @@ class VP(RecipeProcess):
 
 @dataclass(frozen=True, eq=False)
 class SubVP(ScalarProcess):
-    r"""sub-VP: VP's drift with :math:`GG^\top = \beta(1 - e^{-2B})`; kernel mean :math:`e^{-B/2}`, deviation :math:`1 - e^{-B}`.
+    r"""sub-VP: VP's drift with :math:`GG^\top = \beta(1 - e^{-2B})`.
+
+    The kernel has mean :math:`e^{-B/2}` and deviation :math:`1 - e^{-B}`.
 
     Drift and noise share no clock, so exponentials of integrals are wrong for it; N(0, 1) is approached, not invariant.
 
@@ -134,7 +136,7 @@ class FlowMatching(ScalarProcess):
 
 
 class _Augmented(RecipeProcess):
-    """Shared by the processes with auxiliaries: validated once, auxiliaries started at a multiple of their stationary law."""
+    """Processes with auxiliaries: validated once; auxiliaries start from a multiple of their stationary covariance."""
 
     aux_scale: Number
 
@@ -160,7 +162,8 @@ class CLD(_Augmented):
         clock: constant 4 in the paper.
 
     References:
-        Dockhorn, Vahdat & Kreis, Score-Based Generative Modeling with Critically-Damped Langevin Diffusion, 2022, eq. 5.
+        Dockhorn, Vahdat & Kreis, Score-Based Generative Modeling with Critically-Damped Langevin Diffusion, 2022,
+        eq. 5.
     """
 
     mass: Number = 0.25
@@ -208,9 +211,10 @@ class PSLD(_Augmented):
         _positive("nu", "PSLD", self.nu, strict=False)
         if self.inverse_mass is not None:
             _positive("inverse_mass", "PSLD", self.inverse_mass)
-        elif float(self.gamma) == float(self.nu):
+        elif number(self.gamma) == number(self.nu):
             raise ValueError(
-                f"PSLD: gamma = nu = {float(self.nu):g} has no critically damped mass, (gamma - nu)^2 = 4/M; give inverse_mass."
+                f"PSLD: gamma = nu = {number(self.nu):g} has no critically damped mass, (gamma - nu)^2 = 4/M; "
+                "give inverse_mass."
             )
         super().__post_init__()
 
@@ -222,7 +226,9 @@ class PSLD(_Augmented):
 
 @dataclass(frozen=True, eq=False)
 class ALDA(_Augmented):
-    r"""Accelerated (third-order) Langevin: Q = [[0, -1/l, 0], [1/l, 0, -a], [0, a, 0]], D = diag(0, 0, xi/l), S = diag(1, 1/l, 1/l).
+    r"""Accelerated (third-order) Langevin.
+
+    Q = [[0, -1/l, 0], [1/l, 0, -a], [0, a, 0]], D = diag(0, 0, xi/l), S = diag(1, 1/l, 1/l).
 
     Args:
         lipschitz: l; auxiliaries are stationary at N(0, 1/l).

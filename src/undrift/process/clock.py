@@ -21,8 +21,13 @@ __all__ = ["CallableClock", "Clock", "ConstantClock", "CosineClock", "GeometricC
 Number = float | Tensor
 
 
+def number(value: Number) -> float:
+    """The value of a parameter, for checks and messages; gradients stay where they are."""
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
 def _positive(name: str, owner: str, value: Number, strict: bool = True) -> None:
-    v = float(value)
+    v = number(value)
     if not math.isfinite(v) or v < 0 or (strict and v == 0):
         bound = "positive" if strict else "non-negative"
         raise ValueError(f"{owner}: {name} must be a finite {bound} number, got {v}.")
@@ -99,7 +104,9 @@ class CosineClock(Clock):
     def __post_init__(self) -> None:
         _positive("offset", "CosineClock", self.offset, strict=False)
         if not 0 < self.horizon < 1:
-            raise ValueError(f"CosineClock: horizon must lie in (0, 1), where the signal is not yet 0, got {self.horizon}.")
+            raise ValueError(
+                f"CosineClock: horizon must lie in (0, 1), where the signal is not yet 0, got {self.horizon}."
+            )
 
     def _angles(self, t: Tensor) -> tuple[Tensor, Tensor]:
         scale = 0.5 * math.pi / (1 + as_f64(self.offset))
@@ -158,10 +165,9 @@ class GeometricClock(Clock):
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "horizon"):
             _positive(name, "GeometricClock", getattr(self, name))
-        if float(self.sigma_min) >= float(self.sigma_max):
-            raise ValueError(
-                f"GeometricClock: sigma_min must be below sigma_max, got {float(self.sigma_min)} >= {float(self.sigma_max)}."
-            )
+        low, high = number(self.sigma_min), number(self.sigma_max)
+        if low >= high:
+            raise ValueError(f"GeometricClock: sigma_min must be below sigma_max, got {low} >= {high}.")
 
     def _log_ratio(self) -> Tensor:
         return torch.log(as_f64(self.sigma_max) / as_f64(self.sigma_min))
@@ -196,14 +202,20 @@ class CallableClock(Clock):
         with torch.no_grad():
             b = self.clock(t)
         if b.shape != t.shape:
-            raise ValueError(f"CallableClock: clock maps times {tuple(t.shape)} to {tuple(b.shape)}; it must keep the shape.")
+            raise ValueError(
+                f"CallableClock: clock maps times {tuple(t.shape)} to {tuple(b.shape)}; it must keep the shape."
+            )
         if not bool(torch.isfinite(b).all()) or bool((b.diff() <= 0).any()) or float(b[0]) < 0:
-            raise ValueError("CallableClock: clock must be finite, non-negative and strictly increasing on (0, horizon].")
+            raise ValueError(
+                "CallableClock: clock must be finite, non-negative and strictly increasing on (0, horizon]."
+            )
         if self.rate is not None:
             exact, given = self._derivative(t), self.rate(t)
             miss = float(((given - exact).abs() / exact.abs().max()).max())
             if miss > 1e-6:
-                raise ValueError(f"CallableClock: rate differs from the derivative of clock by {miss:.2e} of its maximum.")
+                raise ValueError(
+                    f"CallableClock: rate differs from the derivative of clock by {miss:.2e} of its maximum."
+                )
 
     def _derivative(self, t: Tensor) -> Tensor:
         with torch.enable_grad():

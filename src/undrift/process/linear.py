@@ -8,7 +8,8 @@ Notation (kept through the library)
     snr     m' S^-1 m: all that z_t knows about x0, per coordinate;  sigma = snr^(-1/2)
     x~      m' S^-1 z / snr, distributed as x0 + sigma n with n standard normal
 
-Time runs from 0 (data) to T (noise). All coefficients are float64 and differentiable in the process's parameters.
+Time runs from 0 (data) to T (noise). All coefficients are float64, on the CPU, and differentiable in the process's
+parameters, wherever times and parameters come from; states keep their own dtype and device.
 """
 
 from __future__ import annotations
@@ -71,9 +72,8 @@ class LinearProcess(ABC):
         time = as_f64(t)
         bad = (time < 0) | (time > self.horizon * (1 + 1e-6)) | time.isnan()
         if bool(bad.any()):
-            raise ValueError(
-                f"{type(self).__name__}: {name} must lie in [0, {self.horizon:g}], got {float(time[bad].flatten()[0]):g}."
-            )
+            first = float(time[bad].flatten()[0])
+            raise ValueError(f"{type(self).__name__}: {name} must lie in [0, {self.horizon:g}], got {first:g}.")
         return time.clamp(max=self.horizon)
 
     def transition(self, s: object, t: object) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,9 @@ class LinearProcess(ABC):
         """
         start, end = torch.broadcast_tensors(self._time(s, "s"), self._time(t))
         if bool((start > end).any()):
-            raise ValueError(f"{type(self).__name__}.transition: needs s <= t; the reverse direction is a sampler's work.")
+            raise ValueError(
+                f"{type(self).__name__}.transition: needs s <= t; the reverse direction is a sampler's work."
+            )
         return self._transition(start, end)
 
     def marginal(self, t: object) -> tuple[Tensor, Tensor]:
@@ -95,11 +97,11 @@ class LinearProcess(ABC):
         time = self._time(t)
         phi, root = self._transition(torch.zeros_like(time), time)
         if self.channels > 1:
-            root = sqrt_sum(root, phi @ psd_sqrt(self.start()))
+            root = sqrt_sum(phi @ psd_sqrt(self.start()), root)
         return phi, root
 
     def kernel(self, t: object) -> tuple[Tensor, Tensor]:
-        """Law of z_t given x0: ``mean`` m_t (*t.shape, K), to be multiplied by x0, and ``cov_sqrt`` L_t (*t.shape, K, K)."""
+        """Law of z_t given x0: ``mean`` m_t (*t.shape, K), the factor of x0, and ``cov_sqrt`` L_t (*t.shape, K, K)."""
         phi, root = self.marginal(t)
         return phi[..., 0], root
 
@@ -147,9 +149,10 @@ class LinearProcess(ABC):
             reached = self.sigma(table.exp().clamp(max=self.horizon)).log()
             slack = 1e-9
             if bool((target < reached[0] - slack).any()) or bool((target > reached[-1] + slack).any()):
+                low_sigma, high_sigma = float(reached[0].exp()), float(reached[-1].exp())
                 raise ValueError(
-                    f"{type(self).__name__}.time: sigma must lie in [{float(reached[0].exp()):.3g}, {float(reached[-1].exp()):.6g}],"
-                    f" the levels this process reaches, got {float(target.min().exp()):.6g} to {float(target.max().exp()):.6g}."
+                    f"{type(self).__name__}.time: sigma must lie in [{low_sigma:.3g}, {high_sigma:.6g}], the levels "
+                    f"this process reaches, got {float(target.min().exp()):.6g} to {float(target.max().exp()):.6g}."
                 )
             place = torch.searchsorted(torch.cummax(reached, 0).values, target).clamp(1, 127)
             lo, hi = table[place - 1], table[place]
@@ -194,10 +197,13 @@ class LinearProcess(ABC):
             raise ValueError(
                 f"{type(self).__name__}: z must have shape (batch, {self.channels}, *event), got {tuple(z.shape)}."
             )
+        return self._batch_time(z.shape[0], t)
+
+    def _batch_time(self, batch: int, t: object) -> Tensor:
         time = self._time(t)
-        if time.ndim > 1 or (time.ndim == 1 and time.shape[0] not in (1, z.shape[0])):
-            raise ValueError(f"t must be one time or one per sample ({z.shape[0]},), got shape {tuple(time.shape)}.")
-        return time.expand(z.shape[0])
+        if time.ndim > 1 or (time.ndim == 1 and time.shape[0] not in (1, batch)):
+            raise ValueError(f"t must be one time or one per sample ({batch},), got shape {tuple(time.shape)}.")
+        return time.expand(batch)
 
     def prior(self, t: object | None = None) -> Tensor:
         """Lower root (K, K) of the law N(0, S) that sampling starts from at time ``t`` (default T).
@@ -214,8 +220,13 @@ class LinearProcess(ABC):
         Args:
             x0: data (batch, *event).
             t: one time, or one per sample (batch,).
+
+        Raises:
+            ValueError: if there are neither one nor ``batch`` times, or ``x0`` is not a batch of floating-point points.
         """
-        time = self._time(t).expand(x0.shape[0])
+        if x0.ndim < 1 or not x0.is_floating_point():
+            raise ValueError(f"x0 must be floating-point, of shape (batch, *event); got {x0.dtype}, {tuple(x0.shape)}.")
+        time = self._batch_time(x0.shape[0], t)
         mean, root = self.kernel(time)
         noise = torch.empty(x0.shape[0], self.channels, *x0.shape[1:], dtype=x0.dtype, device=x0.device)
         noise.normal_(generator=generator)
@@ -266,8 +277,8 @@ def noise_root(d: Tensor) -> Tensor:
 class ScalarProcess(LinearProcess):
     r"""One channel, :math:`z_t = \alpha_t x_0 + \sigma_t n`, for any smooth :math:`\alpha` and :math:`\sigma`.
 
-    The transition is :math:`\alpha_t/\alpha_s` with variance :math:`\alpha_t^2 (q_t^2 - q_s^2)`, :math:`q = \sigma/\alpha`
-    increasing.
+    The transition is :math:`\alpha_t/\alpha_s` with variance :math:`\alpha_t^2 (q_t^2 - q_s^2)`, where
+    :math:`q = \sigma/\alpha` increases.
     """
 
     channels = 1
@@ -292,12 +303,12 @@ class ScalarProcess(LinearProcess):
 class PanelProcess(LinearProcess):
     r"""Any F(t) and GG'(t), also where they share no clock: transitions by collocation over panels, composed.
 
-    The exponential of an integrated drift is wrong for such a process (it commutes with itself at no two times); 8-stage
-    Gauss collocation on equal panels is accurate to order 16 in the panel's width.
+    The exponential of an integrated drift is wrong for such a process (it commutes with itself at no two times);
+    8-stage Gauss collocation on equal panels is accurate to order 16 in the panel's width.
 
     Args:
-        drift: maps times (...) to F, (..., K, K), with torch operations.
-        diffusion: maps times (...) to GG', (..., K, K), positive semi-definite.
+        drift: maps times (N,) to F, (N, K, K), with torch operations.
+        diffusion: maps times (N,) to GG', (N, K, K), positive semi-definite.
         horizon: end time T.
         start: covariance of the auxiliaries at t = 0, (K - 1, K - 1); a number stands for a multiple of the identity.
         stationary: covariance of the common stationary law, if there is one.
@@ -335,10 +346,10 @@ class PanelProcess(LinearProcess):
                 raise ValueError(f"PanelProcess: the given stationary law misses F S + S F' + GG' = 0 by {miss:.2e}.")
 
     def drift(self, t: object) -> Tensor:
-        return self._drift(self._time(t))
+        return _at(self._drift, self._time(t))
 
     def diffusion(self, t: object) -> Tensor:
-        return self._diffusion(self._time(t))
+        return _at(self._diffusion, self._time(t))
 
     def start(self) -> Tensor:
         return self._start
@@ -348,8 +359,14 @@ class PanelProcess(LinearProcess):
         return self._stationary
 
     def _transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        flow = linear_flow(self._drift, s, t, self.panels)
-        return flow.phi, flow.noise_root(psd_sqrt(self._diffusion(flow.nodes)))
+        flow = linear_flow(lambda time: _at(self._drift, time), s, t, self.panels)
+        return flow.phi, flow.noise_root(psd_sqrt(_at(self._diffusion, flow.nodes)))
+
+
+def _at(coefficient: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """A coefficient that maps (N,) to (N, K, K), at times of any shape."""
+    values = as_f64(coefficient(t.flatten()))
+    return values.reshape(*t.shape, *values.shape[-2:])
 
 
 def auxiliary_start(start: float | Tensor, channels: int) -> Tensor:
@@ -360,9 +377,9 @@ def auxiliary_start(start: float | Tensor, channels: int) -> Tensor:
         block = block * torch.eye(aux, dtype=torch.float64)
     if block.shape != (aux, aux):
         raise ValueError(
-            f"start must be a number or the ({aux}, {aux}) covariance of the auxiliaries, got shape {tuple(block.shape)}."
+            f"start must be a number or the ({aux}, {aux}) covariance of the auxiliaries, got shape "
+            f"{tuple(block.shape)}."
         )
     if aux and float(torch.linalg.eigvalsh(block.detach()).min()) < 0:
         raise ValueError("start must be a positive semi-definite covariance of the auxiliaries.")
     return torch.nn.functional.pad(block, (1, 0, 1, 0))
-

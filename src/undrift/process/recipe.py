@@ -2,8 +2,8 @@ r"""The complete recipe for linear processes with a Gaussian stationary law N(0,
 
 .. math:: dz = -\beta(t) (D + Q) S^{-1} z\,dt + \sqrt{2 \beta(t) D}\,dw
 
-With D positive semi-definite and Q skew, N(0, S) is stationary, and every linear process with that stationary law has this
-form. Reversed in its stationary law it is the same recipe with Q replaced by -Q.
+With D positive semi-definite and Q skew, N(0, S) is stationary, and every linear process with that stationary law has
+this form. Reversed in its stationary law it is the same recipe with Q replaced by -Q.
 
 References:
     Ma, Chen & Fox, A Complete Recipe for Stochastic Gradient MCMC, 2015, theorem 2.
@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,12 @@ def _square(name: str, m: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {m.tolist()}.")
 
 
+def _positive_definite(name: str, m: Tensor) -> None:
+    low = float(torch.linalg.eigvalsh(m.detach())[0])
+    if low <= 1e-12 * float(m.detach().abs().max()):
+        raise ValueError(f"{name} must be positive definite; its smallest eigenvalue is {low:.3g}.")
+
+
 def validate_recipe(d: Tensor, q: Tensor, s: Tensor) -> None:
     """Check that (D, Q, S) makes a process that converges to N(0, S).
 
@@ -42,7 +49,9 @@ def validate_recipe(d: Tensor, q: Tensor, s: Tensor) -> None:
     for name, m in (("D", d), ("Q", q), ("S", s)):
         _square(name, m)
     if not d.shape == q.shape == s.shape:
-        raise ValueError(f"D, Q and S must have one shape, got {tuple(d.shape)}, {tuple(q.shape)} and {tuple(s.shape)}.")
+        raise ValueError(
+            f"D, Q and S must have one shape, got {tuple(d.shape)}, {tuple(q.shape)} and {tuple(s.shape)}."
+        )
     for name, m in (("D", d), ("S", s)):
         miss = float((m - m.T).abs().max())
         if miss > 1e-10 * float(m.abs().max()):
@@ -53,9 +62,7 @@ def validate_recipe(d: Tensor, q: Tensor, s: Tensor) -> None:
     low = float(torch.linalg.eigvalsh(d)[0])
     if low < -1e-12 * float(d.abs().max()):
         raise ValueError(f"D must be positive semi-definite; its smallest eigenvalue is {low:.3g}.")
-    low = float(torch.linalg.eigvalsh(s)[0])
-    if low <= 1e-12 * float(s.abs().max()):
-        raise ValueError(f"S must be positive definite; its smallest eigenvalue is {low:.3g}.")
+    _positive_definite("S", s)
     # Stability. In whitened coordinates the drift is -(D~ + Q~), and a mode on the imaginary axis is an eigenvector
     # that D~ annihilates: noise never reaches it. A semi-definite D alone rules out growth, not idling.
     root = torch.linalg.cholesky(s)
@@ -68,8 +75,8 @@ def validate_recipe(d: Tensor, q: Tensor, s: Tensor) -> None:
         direction = [round(abs(complex(v)), 3) for v in vectors[:, slowest]]
         raise ValueError(
             "(D, Q, S) does not converge: the drift -(D + Q) S^-1 has an eigenvalue with real part "
-            f"{float(values.real[slowest]):.3g}, since no noise reaches the direction with channel weights {direction}. "
-            "Put noise on that channel (D), or couple it to one that has noise (Q)."
+            f"{float(values.real[slowest]):.3g}, since no noise reaches the direction with channel weights {direction}."
+            " Put noise on that channel (D), or couple it to one that has noise (Q)."
         )
 
 
@@ -105,7 +112,7 @@ class Recipe(RecipeProcess):
         Q: mixing, (K, K) skew-symmetric.
         S: stationary covariance, (K, K) positive definite; None for the identity.
         clock: common clock of D and Q.
-        start: covariance of the auxiliaries at t = 0, (K - 1, K - 1) or a multiple of the identity.
+        start_cov: covariance of the auxiliaries at t = 0, (K - 1, K - 1), or a number: that multiple of the identity.
 
     Raises:
         ValueError: see :func:`validate_recipe`.
@@ -123,6 +130,7 @@ class Recipe(RecipeProcess):
 
     def terms(self) -> tuple[Tensor, Tensor, Tensor]:
         d, q = as_f64(self.D), as_f64(self.Q)
+        _square("D", d)
         s = torch.eye(d.shape[-1], dtype=torch.float64) if self.S is None else as_f64(self.S)
         return d, q, s
 
@@ -130,10 +138,13 @@ class Recipe(RecipeProcess):
         return auxiliary_start(as_f64(self.start_cov), as_f64(self.D).shape[-1])
 
     @staticmethod
-    def of(drift: object, diffusion: object, stationary: object | None = None, tol: float = 1e-9) -> tuple[Tensor, Tensor]:
+    def of(
+        drift: object, diffusion: object, stationary: object | None = None, tol: float = 1e-9
+    ) -> tuple[Tensor, Tensor]:
         r"""The (D, Q) of a given linear process :math:`dz = A z\,dt + G\,dw` with stationary law N(0, S).
 
-        :math:`D = \frac12 GG^\top`, :math:`Q = -(A S + \frac12 GG^\top)`, which is skew exactly when N(0, S) is stationary.
+        :math:`D = \frac12 GG^\top` and :math:`Q = -(A S + \frac12 GG^\top)`, which is skew exactly when N(0, S) is
+        stationary.
 
         Args:
             drift: A, (K, K).
@@ -144,38 +155,57 @@ class Recipe(RecipeProcess):
             ValueError: if N(0, S) is not stationary for the process; the message says by how much it misses.
         """
         a, gg = as_f64(drift), as_f64(diffusion)
+        _square("drift", a)
         s = torch.eye(a.shape[-1], dtype=torch.float64) if stationary is None else as_f64(stationary)
-        for name, m in (("drift", a), ("diffusion", gg), ("stationary", s)):
+        for name, m in (("diffusion", gg), ("stationary", s)):
             _square(name, m)
+            if m.shape != a.shape:
+                raise ValueError(f"{name} must have the shape of drift, {tuple(a.shape)}, got {tuple(m.shape)}.")
         residual = a @ s + s @ a.mT + gg
         scale = max(float((a @ s).abs().max()), float(gg.abs().max()), 1e-300)
         miss = float(residual.abs().max())
         if miss > tol * scale:
             where = [int(i) for i in torch.unravel_index(residual.abs().argmax(), residual.shape)]
             raise ValueError(
-                f"N(0, S) is not stationary for this process: A S + S A' + GG' has {float(residual[tuple(where)]):.3g} at {where} "
-                f"(scale {scale:.3g}); it must vanish."
+                "N(0, S) is not stationary for this process: A S + S A' + GG' has "
+                f"{float(residual[tuple(where)]):.3g} at {where} (scale {scale:.3g}); it must vanish."
             )
         d = 0.5 * gg
         q = -(a @ s + d)
         return d, 0.5 * (q - q.mT)
 
 
-def time_varying_recipe(d, q, s: Tensor, horizon: float = 1.0, start: float | Tensor = 0.01, panels: int = 32) -> PanelProcess:  # type: ignore[no-untyped-def]
+def time_varying_recipe(
+    d: Callable[[Tensor], Tensor],
+    q: Callable[[Tensor], Tensor],
+    s: Tensor | list[list[float]],
+    horizon: float = 1.0,
+    start: float | Tensor = 0.01,
+    panels: int = 32,
+) -> PanelProcess:
     r"""The recipe with D(t) and Q(t) on schedules of their own, :math:`F = -(D(t) + Q(t)) S^{-1}`.
 
     Args:
-        d, q: map times (...) to matrices (..., K, K).
-        s: common stationary covariance, (K, K).
+        d, q: map times (N,) to matrices (N, K, K), positive semi-definite and skew-symmetric.
+        s: common stationary covariance, (K, K) positive definite.
         horizon, start, panels: as in :class:`PanelProcess`.
+
+    Raises:
+        ValueError: if D(t) or Q(t) is not what it must be at one of three times, or S is not positive definite.
     """
     s = as_f64(s)
+    _positive_definite("S", s)
     probe = torch.tensor([0.0, 0.37, 1.0], dtype=torch.float64) * horizon
-    for d_t, q_t in zip(d(probe), q(probe), strict=True):
-        if float((q_t + q_t.T).abs().max()) > 1e-10 * max(1.0, float(q_t.abs().max())):
-            raise ValueError("Q(t) must be skew-symmetric at every time.")
-        if float(torch.linalg.eigvalsh(d_t)[0]) < -1e-12 * max(1.0, float(d_t.abs().max())):
-            raise ValueError(f"D(t) must be positive semi-definite; an eigenvalue is {float(torch.linalg.eigvalsh(d_t)[0]):.3g}.")
+    for time, d_t, q_t in zip(probe.tolist(), as_f64(d(probe)).detach(), as_f64(q(probe)).detach(), strict=True):
+        miss = float((q_t + q_t.T).abs().max())
+        if miss > 1e-10 * float(q_t.abs().max()):
+            raise ValueError(f"Q(t) must be skew-symmetric; at t = {time:g}, Q + Q' has an entry of size {miss:.3g}.")
+        miss = float((d_t - d_t.T).abs().max())
+        if miss > 1e-10 * float(d_t.abs().max()):
+            raise ValueError(f"D(t) must be symmetric; at t = {time:g}, D - D' has an entry of size {miss:.3g}.")
+        low = float(torch.linalg.eigvalsh(d_t)[0])
+        if low < -1e-12 * float(d_t.abs().max()):
+            raise ValueError(f"D(t) must be positive semi-definite; at t = {time:g}, an eigenvalue is {low:.3g}.")
     inverse = torch.linalg.inv(s)
     return PanelProcess(
         drift=lambda t: -(d(t) + q(t)) @ inverse,
@@ -185,4 +215,3 @@ def time_varying_recipe(d, q, s: Tensor, horizon: float = 1.0, start: float | Te
         stationary=s,
         panels=panels,
     )
-
