@@ -2,5 +2,6 @@
 
 from undrift.denoise.base import Denoiser
 from undrift.denoise.closed_form import GaussianDenoiser, MixtureDenoiser
+from undrift.denoise.empirical import EmpiricalDenoiser
 
-__all__ = ["Denoiser", "GaussianDenoiser", "MixtureDenoiser"]
+__all__ = ["Denoiser", "EmpiricalDenoiser", "GaussianDenoiser", "MixtureDenoiser"]
