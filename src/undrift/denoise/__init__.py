@@ -3,5 +3,6 @@
 from undrift.denoise.base import Denoiser
 from undrift.denoise.closed_form import GaussianDenoiser, MixtureDenoiser
 from undrift.denoise.empirical import EmpiricalDenoiser
+from undrift.denoise.network import NetworkDenoiser
 
-__all__ = ["Denoiser", "EmpiricalDenoiser", "GaussianDenoiser", "MixtureDenoiser"]
+__all__ = ["Denoiser", "EmpiricalDenoiser", "GaussianDenoiser", "MixtureDenoiser", "NetworkDenoiser"]

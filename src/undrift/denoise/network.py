@@ -1,0 +1,85 @@
+r"""A network as a denoiser, with the preconditioning of EDM.
+
+.. math:: D(x, \sigma) = c_{skip}\, x + c_{out}\, F(c_{in}\, x;\ c_{noise}), \qquad
+    c_{skip} = \frac{\sigma_d^2}{\sigma^2 + \sigma_d^2},\quad
+    c_{out} = \frac{\sigma \sigma_d}{\sqrt{\sigma^2 + \sigma_d^2}},\quad
+    c_{in} = \frac{1}{\sqrt{\sigma^2 + \sigma_d^2}},\quad
+    c_{noise} = \tfrac14 \ln \sigma
+
+For data of deviation :math:`\sigma_d` the network's input and its target have unit variance at every level, and
+:math:`F = 0` is the best linear denoiser. (Karras et al. 2022, table 1 and appendix B.6.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from undrift.denoise.base import per_sample
+from undrift.networks.base import Network
+
+__all__ = ["NetworkDenoiser"]
+
+
+class NetworkDenoiser(nn.Module):
+    """Denoiser made of a network by EDM's preconditioning.
+
+    The label is that of the nearest level in [sigma_min, sigma_max], the levels the network was trained at: processes
+    end at different sigma(T), some near 250 and some beyond any bound, and a label never seen in training has an
+    arbitrary answer. The coefficients are not clamped. So below sigma_min D tends to x, and beyond sigma_max it keeps
+    answering as at sigma_max, where the posterior mean is the data's mean up to 1/sigma^2; both limits are right.
+
+    Args:
+        network: maps (batch, *event) and labels (batch,) to (batch, *event).
+        sigma_data: deviation of one data coordinate.
+        sigma_min, sigma_max: range of noise levels the network is trained at.
+    """
+
+    def __init__(
+        self, network: Network, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 300.0
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"NetworkDenoiser: network must be a torch.nn.Module, got a {type(network).__name__}.")
+        if not (sigma_data > 0 and math.isfinite(sigma_data)):
+            raise ValueError(f"NetworkDenoiser: sigma_data must be positive and finite, got {sigma_data}.")
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(
+                f"NetworkDenoiser: needs 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}."
+            )
+        self.network = network
+        self.sigma_data, self.sigma_min, self.sigma_max = float(sigma_data), float(sigma_min), float(sigma_max)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments; the weights are the checkpoint's."""
+        return {
+            "network": self.network,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+        }
+
+    def forward(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:
+        """Estimated E[x0 | x0 + sigma n = x].
+
+        The coefficients are computed in x's dtype and the network in its own.
+
+        Args:
+            x: noisy points (batch, *event).
+            sigma: noise levels (batch,), or one level.
+            condition: passed on to the network.
+
+        Returns:
+            Same shape and dtype as ``x``.
+        """
+        level = per_sample(sigma, x)
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        label = 0.25 * level.clamp(self.sigma_min, self.sigma_max).log().flatten()
+        c_in = (level.square() + self.sigma_data**2).rsqrt()
+        f = self.network((c_in * x).to(dtype), label.to(dtype), **condition).to(x.dtype)
+        scaled = self.sigma_data * c_in
+        return torch.addcmul(scaled.square() * x, level * scaled, f)
