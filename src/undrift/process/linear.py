@@ -370,7 +370,11 @@ def _at(coefficient: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 def auxiliary_start(start: float | Tensor, channels: int) -> Tensor:
-    """(K, K) start covariance from a number or a (K - 1, K - 1) block."""
+    """(K, K) start covariance from a number or a (K - 1, K - 1) block.
+
+    Raises:
+        ValueError: if the block is not a covariance of K - 1 auxiliaries.
+    """
     block = as_f64(start)
     aux = channels - 1
     if block.ndim == 0:
@@ -380,6 +384,15 @@ def auxiliary_start(start: float | Tensor, channels: int) -> Tensor:
             f"start must be a number or the ({aux}, {aux}) covariance of the auxiliaries, got shape "
             f"{tuple(block.shape)}."
         )
-    if aux and float(torch.linalg.eigvalsh(block.detach()).min()) < 0:
-        raise ValueError("start must be a positive semi-definite covariance of the auxiliaries.")
+    if aux:
+        fixed = block.detach()
+        scale = float(fixed.abs().max())
+        if not math.isfinite(scale) or float((fixed - fixed.mT).abs().max()) > 1e-10 * scale:
+            raise ValueError(f"start must be a finite, symmetric covariance of the auxiliaries, got {fixed.tolist()}.")
+        low = float(torch.linalg.eigvalsh(fixed)[0])
+        if low < -1e-12 * scale:
+            raise ValueError(
+                "start must be a positive semi-definite covariance of the auxiliaries; its smallest eigenvalue is "
+                f"{low:.3g}."
+            )
     return torch.nn.functional.pad(block, (1, 0, 1, 0))
