@@ -1,0 +1,34 @@
+"""How to learn: objectives, data, the training loop, and models on disk."""
+
+from undrift.train.checkpoint import load, notes, save
+from undrift.train.config import TrainConfig
+from undrift.train.container import CheckpointError
+from undrift.train.data import Dataset, DataSource, Digits, Idx, ImageFolder, Npz, Ring
+from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
+from undrift.train.objectives import Denoising, NoiseMatching, Objective
+from undrift.train.trainer import Fit, Trainer, TrainingDiverged
+
+__all__ = [
+    "CheckpointError",
+    "DataSource",
+    "Dataset",
+    "DefensiveMixture",
+    "Denoising",
+    "Digits",
+    "Fit",
+    "Idx",
+    "ImageFolder",
+    "LogNormal",
+    "LogUniform",
+    "NoiseLevels",
+    "NoiseMatching",
+    "Npz",
+    "Objective",
+    "Ring",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDiverged",
+    "load",
+    "notes",
+    "save",
+]

@@ -1,0 +1,154 @@
+r"""Models on disk: weights and the description from which the whole model is rebuilt.
+
+The description is that of :mod:`undrift.config`: {"denoiser": ...} for a denoiser, {"denoiser": ..., "process": ...}
+for a diffusion made of one, {"noise": {"process": ..., "network": ..., ...}} for a noise-predicting diffusion. Tensors
+named ``weights/...`` are the network's; a trainer's own file carries its state beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from undrift.config import ConfigError, build, describe
+from undrift.denoise.network import NetworkDenoiser
+from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.networks.base import Network
+from undrift.process.linear import LinearProcess
+from undrift.train.container import CheckpointError, read_file, write_file
+
+__all__ = ["Model", "describe_model", "load", "network_of", "notes", "save", "with_network"]
+
+Model: TypeAlias = NetworkDenoiser | NoiseDiffusion | Diffusion
+"""What can be trained and saved; a Diffusion's denoiser must be a NetworkDenoiser."""
+
+_NOISE = ("kernel", "factor", "mixed", "data_std")
+
+
+def network_of(model: Model) -> nn.Module:
+    """The network inside a model: what is trained.
+
+    Raises:
+        TypeError: if the model has none.
+    """
+    inner = model.denoiser if isinstance(model, Diffusion) else model
+    if not isinstance(inner, (NetworkDenoiser, NoiseDiffusion)) or not isinstance(inner.network, nn.Module):
+        raise TypeError(
+            f"a {type(model).__name__}{f' of a {type(inner).__name__}' * (inner is not model)} holds no network to "
+            "train or save; give a NetworkDenoiser, a Diffusion of one, or a NoiseDiffusion of a torch.nn.Module."
+        )
+    return inner.network
+
+
+def with_network(model: Model, network: nn.Module) -> Model:
+    """The same model around another network of the same kind."""
+    if isinstance(model, Diffusion):
+        return Diffusion(
+            model.process, cast(NetworkDenoiser, with_network(cast(NetworkDenoiser, model.denoiser), network))
+        )
+    if isinstance(model, NetworkDenoiser):
+        return NetworkDenoiser(cast(Network, network), model.sigma_data, model.sigma_min, model.sigma_max)
+    return NoiseDiffusion(model.process, network, model.kernel, model.factor, model.mixed, model.data_std)
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """Plain data from which :func:`load` rebuilds the model, weights apart.
+
+    Raises:
+        TypeError, ConfigError: if a part has no description; the message names it.
+    """
+    network_of(model)
+    if isinstance(model, NoiseDiffusion):
+        settings = {k: getattr(model, k) for k in _NOISE}
+        return {
+            "noise": {
+                "process": describe(model.process, "process"),
+                "network": describe(model.network, "network"),
+                **settings,
+            }
+        }
+    if isinstance(model, Diffusion):
+        return {"denoiser": describe(model.denoiser, "denoiser"), "process": describe(model.process, "process")}
+    return {"denoiser": describe(model, "denoiser")}
+
+
+def build_model(description: Mapping[str, Any]) -> Model:
+    """The model of a description, its weights as initialised."""
+    if "noise" in description:
+        parts = dict(description["noise"])
+        process = build(parts.pop("process"), LinearProcess, "noise.process")
+        return NoiseDiffusion(process, build(parts.pop("network"), Network, "noise.network"), **parts)
+    denoiser = build(description["denoiser"], NetworkDenoiser, "denoiser")
+    if "process" in description:
+        return Diffusion(build(description["process"], LinearProcess, "process"), denoiser)
+    return denoiser
+
+
+def save(path: str | Path, model: Model, notes: Mapping[str, Any] | None = None) -> None:
+    """Write a model: its network's weights and its description, in one file, atomically.
+
+    Args:
+        path: file to write, by custom ``*.safetensors``; its folder is made if missing.
+        model: a NetworkDenoiser, a Diffusion of one, or a NoiseDiffusion.
+        notes: plain data to keep beside it: the data set's name, the shape of an event, ...
+    """
+    write_model(path, model, notes or {}, {}, {})
+
+
+def write_model(
+    path: str | Path,
+    model: Model,
+    notes: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    training: Mapping[str, Any],
+) -> None:
+    """:func:`save` with a trainer's tensors and state."""
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    weights = {f"weights/{k}": v for k, v in network_of(model).state_dict().items()}
+    description = {"model": describe_model(model), "notes": describe(dict(notes)), "training": dict(training)}
+    write_file(place, {**weights, **tensors}, description)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Rebuild a model: process, network, weights (the average, for a trainer's file), in evaluation mode.
+
+    Args:
+        path: file written by :func:`save` or by a trainer.
+        device: where the network goes.
+
+    Returns:
+        What was saved: a NetworkDenoiser, a Diffusion or a NoiseDiffusion.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is not an intact checkpoint, or its weights do not fit its description.
+    """
+    tensors, description = read_file(path)
+    try:
+        model = build_model(description["model"])
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: its description cannot be built here: {error} Import classes of your own before loading."
+        ) from error
+    network = network_of(model)
+    weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights do not fit the network it describes: {error}") from error
+    network.to(device).eval()
+    if isinstance(model, Diffusion):
+        cast(NetworkDenoiser, model.denoiser).eval()
+    elif isinstance(model, nn.Module):
+        model.eval()
+    return model
+
+
+def notes(path: str | Path) -> dict[str, Any]:
+    """What was noted beside a saved model."""
+    return dict(read_file(path)[1]["notes"])

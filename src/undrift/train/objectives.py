@@ -1,0 +1,168 @@
+r"""What training minimises.
+
+Every objective returns one number per sample, a mean over the sample's coordinates, and the noise level it was taken
+at; the loss is the mean over the batch.
+
+For a denoiser, with :math:`e(\sigma) = E\|x_0 - D(x_0 + \sigma n, \sigma)\|^2` per coordinate, a *weight* is w in
+:math:`E_{\sigma \sim p}[w(\sigma)\, e(\sigma)]`. The same weight looks different in each parametrisation: an error of
+the predicted noise is :math:`e/\sigma^2`, an error of EDM's raw network output F is :math:`e/c_{out}^2`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from undrift._linalg import psd_sqrt
+from undrift.diffusion import NoiseDiffusion
+from undrift.process.linear import mix
+from undrift.train.levels import DefensiveMixture, NoiseLevels, stratified
+
+__all__ = ["Denoising", "NoiseMatching", "Objective"]
+
+
+class Objective(ABC):
+    """Base of all objectives."""
+
+    @abstractmethod
+    def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            model: what is trained.
+            x: data (batch, *event).
+            generator: source of all randomness, on x's device.
+            condition: passed on to the model.
+
+        Returns:
+            Loss of each sample (batch,), and its noise level sigma (batch,).
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Denoising(Objective):
+    r"""Squared error of a denoiser at random noise levels.
+
+    Weights on the error of the prediction of x0:
+
+    * "edm": :math:`w = (\sigma^2 + \sigma_d^2)/(\sigma \sigma_d)^2 = 1/c_{out}^2`, unit weight on the error of the raw
+      network F, so that the density of the levels alone says what matters (Karras et al. 2022, eq. 8 and table 1);
+    * "likelihood": :math:`w = \sigma^{-2}/p(\ln\sigma)`, an unbiased estimate of the ELBO's path term
+      :math:`\frac12 \int e\, d\,\mathrm{snr} = \int e\,\sigma^{-2}\, d\ln\sigma` over the levels' range, in nats per
+      coordinate, whatever the density p;
+    * "uniform": :math:`w = \sigma^{-2}`, unit weight on the error of the predicted noise (the "simple" loss of Ho
+      et al. 2020 where the levels follow its schedule).
+
+    Args:
+        weighting: one of the above.
+        noise: density of the levels. "likelihood" needs one with a bounded range.
+    """
+
+    weighting: Literal["edm", "likelihood", "uniform"] = "edm"
+    noise: NoiseLevels = field(default_factory=DefensiveMixture)
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("edm", "likelihood", "uniform"):
+            raise ValueError(f"Denoising: weighting must be 'edm', 'likelihood' or 'uniform', got {self.weighting!r}.")
+        if self.weighting == "likelihood" and not (self.noise.support[0] > 0 and self.noise.support[1] < math.inf):
+            raise ValueError(
+                f"Denoising: the likelihood is an integral over a range of levels, and {type(self.noise).__name__} has "
+                "none; use LogUniform or DefensiveMixture."
+            )
+
+    def weight(self, sigma: Tensor, sigma_data: float | None = None) -> Tensor:
+        """w(sigma) on the squared error of x0, same shape as ``sigma``; ``sigma_data`` matters to "edm" only."""
+        if self.weighting == "edm":
+            if sigma_data is None:
+                raise ValueError("Denoising: the EDM weight needs a model with sigma_data; use another weighting.")
+            return sigma.square().reciprocal() + 1 / sigma_data**2
+        if self.weighting == "likelihood":
+            return 1 / (sigma.square() * self.noise.density(sigma))
+        return sigma.square().reciprocal()
+
+    def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:
+        sigma = self.noise.draw(stratified(x.shape[0], generator))
+        weight = self.weight(sigma, getattr(model, "sigma_data", None)).to(x)
+        sigma = sigma.to(x)
+        noise = torch.empty_like(x).normal_(generator=generator)
+        noisy = torch.addcmul(x, noise, sigma.reshape(-1, *[1] * (x.ndim - 1)))
+        error = (model(noisy, sigma, **condition) - x).reshape(x.shape[0], -1)
+        return weight * error.square().mean(1), sigma
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseMatching(Objective):
+    r"""Error of the predicted noise on all K channels, for a :class:`~undrift.diffusion.NoiseDiffusion`.
+
+    The state is :math:`z_t = \mu + L \epsilon`. By hybrid score matching (the model's kernel "hsm")
+    :math:`\mu = m_t x_0` and L includes the auxiliaries' start; by denoising score matching ("dsm") a start
+    :math:`v_0 \sim N(0, \text{start})` is drawn, :math:`\mu = \Phi (x_0, v_0)`, and L is the kernel's given both. The
+    model's score :math:`b(z) - L^{-\top}\epsilon_\theta` matches :math:`-L^{-\top}\epsilon` where
+    :math:`\epsilon_\theta = \epsilon + L^\top b(z)`; the baseline b is 0 unless the model has a mixed score.
+
+    * "uniform": mean of the squared error of :math:`\epsilon_\theta` over channels and coordinates, t uniform
+      (Pandey & Mandt 2023, eq. 10);
+    * "likelihood": :math:`\frac12 (T - t_{min}) \|s_\theta - \nabla\log p\|^2_{GG^\top}`, summed over channels, a mean
+      over coordinates: an estimate of the ELBO's path term in nats per coordinate, up to a constant (eq. 8).
+
+    Args:
+        weighting: one of the above.
+        t_min: earliest time.
+    """
+
+    weighting: Literal["uniform", "likelihood"] = "uniform"
+    t_min: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.weighting not in ("uniform", "likelihood"):
+            raise ValueError(f"NoiseMatching: weighting must be 'uniform' or 'likelihood', got {self.weighting!r}.")
+        if not 0 < self.t_min < math.inf:
+            raise ValueError(
+                f"NoiseMatching: t_min must be positive, got {self.t_min}; at t = 0 there is no noise to predict."
+            )
+
+    def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(model, NoiseDiffusion):
+            raise TypeError(
+                f"NoiseMatching: trains a NoiseDiffusion, got a {type(model).__name__}; Denoising trains denoisers."
+            )
+        span = model.process.horizon - self.t_min
+        if not span > 0:
+            raise ValueError(f"NoiseMatching: t_min = {self.t_min} must lie below T = {model.process.horizon}.")
+        t = (self.t_min + span * stratified(x.shape[0], generator)).cpu()
+        return self.loss_at(model, x, t, generator, **condition)
+
+    def loss_at(
+        self, model: NoiseDiffusion, x: Tensor, t: Tensor, generator: torch.Generator, **condition: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``loss`` at given times t (batch,), float64."""
+        process = model.process
+        with torch.no_grad():
+            root, baseline, scale, label = model.coefficients(t)
+            noise = torch.empty(x.shape[0], process.channels, *x.shape[1:], dtype=x.dtype, device=x.device)
+            noise.normal_(generator=generator)
+            start = x.unsqueeze(1)
+            if model.kernel == "hsm":
+                mean = process.kernel(t)[0].unsqueeze(-1)
+            else:
+                mean = process.transition(torch.zeros_like(t), t)[0]
+                aux = torch.empty_like(noise).normal_(generator=generator)
+                start = mix(psd_sqrt(process.start()), aux) + torch.nn.functional.pad(
+                    start, [0, 0] * (x.ndim - 1) + [0, process.channels - 1]
+                )
+            z = mix(torch.cat([mean, root], -1), torch.cat([start, noise], 1))
+            target = noise + mix(root.mT @ baseline, z) if model.mixed else noise
+        error = model._noise(z, scale, label, **condition).to(z) - target
+        if self.weighting == "likelihood":
+            # G' L^-T applied to the error of the noise, in float64 where L is nearly singular.
+            gain = psd_sqrt(process.diffusion(t)).mT @ torch.linalg.inv(root).mT
+            span = process.horizon - self.t_min
+            squares = (
+                mix(gain, error).square().flatten(2).sum(1).mean(1) if x.ndim > 1 else mix(gain, error).square().sum(1)
+            )
+            return 0.5 * span * squares, (4 * label).exp().to(x)
+        return error.reshape(x.shape[0], -1).square().mean(1), (4 * label).exp().to(x)
