@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from tests.process.cases import ALL, CATALOG, RANDOM, times
 from tests.reference import mdm
 from tests.reference.exact import ode_kernels, precise_kernel, precise_sigma
-
 from undrift.process import (
     ALDA,
     CLD,

@@ -11,6 +11,7 @@ from undrift.process.clock import (
     PowerClock,
 )
 from undrift.process.linear import ClockedProcess, LinearProcess, PanelProcess, ScalarProcess
+from undrift.process.nonlinear import NonlinearRecipe, fokker_planck_residual
 from undrift.process.recipe import Recipe, RecipeProcess, time_varying_recipe, validate_recipe
 
 __all__ = [
@@ -30,12 +31,14 @@ __all__ = [
     "GeometricClock",
     "LinearClock",
     "LinearProcess",
+    "NonlinearRecipe",
     "PanelProcess",
     "PowerClock",
     "Recipe",
     "RecipeProcess",
     "ScalarProcess",
     "SubVP",
+    "fokker_planck_residual",
     "time_varying_recipe",
     "validate_recipe",
 ]
