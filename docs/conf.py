@@ -1,0 +1,37 @@
+"""Sphinx configuration: pages in MyST Markdown, the reference from docstrings."""
+
+import re
+
+from undrift import __version__
+
+project = "undrift"
+author = "The undrift developers"
+copyright = "2026, The undrift developers"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autoclass_content = "class"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = "undrift"
+
+
+def literal_shapes(app, what, name, obj, options, lines):
+    """Show shapes such as (batch, *event) as code; to reStructuredText their star would open an emphasis."""
+    for i, line in enumerate(lines):
+        parts = re.split(r"(``.*?``|:math:`.*?`)", line)
+        parts[::2] = [re.sub(r"\([^()`]*\*[a-z][^()`]*\)", r"``\g<0>``", part) for part in parts[::2]]
+        parts[::2] = [re.sub(r"(?<![\w*`(\\])\*(?=event)", r"\*", part) for part in parts[::2]]
+        lines[i] = "".join(parts)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", literal_shapes)
