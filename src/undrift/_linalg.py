@@ -20,7 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Flow", "as_f64", "expm", "gauss_legendre", "linear_flow", "ou_transition", "psd_sqrt", "sqrt_sum"]
+__all__ = [
+    "Flow",
+    "Interpolant",
+    "as_f64",
+    "expm",
+    "gauss_legendre",
+    "linear_flow",
+    "ou_transition",
+    "psd_sqrt",
+    "sqrt_sum",
+]
 
 _TAYLOR_DEGREE = 18  # with |A b| <= 1 the remainder is below 1/19! = 8e-18
 
@@ -150,6 +160,42 @@ def ou_transition(a: Tensor, noise: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         root = sqrt_sum(root, phi @ root)
         phi = phi @ phi
     return phi, root
+
+
+class Interpolant:
+    """A smooth function of one variable, tabulated once: Chebyshev points on equal panels, barycentric evaluation.
+
+    An adaptive solver asks for coefficients at one time after another; tabulated, an answer costs microseconds. With 16
+    points on panels of 0.25 in log t the coefficients of every process of the catalog are met to 1e-12 of their size.
+
+    Args:
+        function: maps points (N,) to values (N, M), float64.
+        low, high: the range.
+        width: widest panel.
+        points: points a panel.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], low: float, high: float, width: float = 0.25, points: int = 16
+    ) -> None:
+        self.low, self.high = low, high
+        self.panels = max(1, math.ceil((high - low) / width))
+        self.width = (high - low) / self.panels
+        index = np.arange(points)
+        self.nodes = np.sin(np.pi * (2 * index - points + 1) / (2 * points))  # Chebyshev points of the first kind
+        self.signs = (-1.0) ** index * np.cos(np.pi * (2 * index - points + 1) / (2 * points))
+        edges = low + self.width * np.arange(self.panels)
+        at = edges[:, None] + self.width * (self.nodes + 1) / 2
+        values = function(torch.from_numpy(at.reshape(-1)))
+        self.values = values.detach().cpu().numpy().reshape(self.panels, points, -1)
+
+    def __call__(self, x: float) -> Tensor:
+        """Values (M,) at one point; slightly outside the range it extrapolates."""
+        panel = min(max(int((x - self.low) / self.width), 0), self.panels - 1)
+        gap = 2 * (x - self.low - panel * self.width) / self.width - 1 - self.nodes
+        hit = np.abs(gap) < 1e-15
+        weight = hit.astype(float) if hit.any() else self.signs / gap
+        return torch.from_numpy(weight @ self.values[panel] / weight.sum())
 
 
 @dataclass(frozen=True)

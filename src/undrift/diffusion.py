@@ -59,18 +59,24 @@ class Diffusion:
         x0 = self.predict(z, t, **condition)
         mean, root = self.process.kernel(self.process._per_sample(z, t))
         eye = torch.eye(self.process.channels, dtype=root.dtype)
-        return mix(-_inverse_cov(root, torch.cat([eye.expand_as(root), -mean.unsqueeze(-1)], -1)), torch.cat([z, x0.unsqueeze(1)], 1))
+        return mix(
+            -_inverse_cov(root, torch.cat([eye.expand_as(root), -mean.unsqueeze(-1)], -1)),
+            torch.cat([z, x0.unsqueeze(1)], 1),
+        )
+
+    def reading(self, times: Tensor) -> Tensor:
+        """What :meth:`read` needs at times (N,): the row that reads x~ off z, and sigma; (N, K + 1)."""
+        snr, row = self.process._weights(as_f64(times))
+        return torch.cat([row, snr.rsqrt().unsqueeze(-1)], -1)
+
+    def read(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor:
+        """Predicted start (batch, P, *event) for z (batch, K, *event) and one row of :meth:`reading`."""
+        x = mix(reading[:-1].unsqueeze(0), z).squeeze(1)
+        return self.denoiser(x, reading[-1].to(x).expand(z.shape[0]), **condition).unsqueeze(1)
 
     def predictor(self, times: Tensor) -> Predictor:
         """Predictor at fixed times (N,), its coefficients computed once; P = 1."""
-        snr, row = self.process._weights(times)
-        sigma = snr.rsqrt()
-
-        def predict(z: Tensor, i: int, **condition: Any) -> Tensor:
-            x = mix(row[i].unsqueeze(0), z).squeeze(1)
-            return self.denoiser(x, sigma[i].to(x).expand(z.shape[0]), **condition).unsqueeze(1)
-
-        return predict
+        return _predictor(self, times)
 
 
 class NoiseDiffusion:
@@ -164,17 +170,31 @@ class NoiseDiffusion:
         s = self.score(z, time, **condition)
         return mix(torch.cat([row, row @ full @ full.mT], -1), torch.cat([z, s], 1)).squeeze(1)
 
-    def predictor(self, times: Tensor) -> Predictor:
-        r"""Predictor of the whole start state at fixed times (N,): :math:`\Phi^{-1}(z + S_t s_\theta)`, P = K (Tweedie)."""
+    def reading(self, times: Tensor) -> Tensor:
+        r"""What :meth:`read` needs at times (N,): the map to :math:`\Phi^{-1}(z + S_t s_\theta)`, input scales, label; (N, 2 K^2 + K + 1)."""
         times = as_f64(times)
         phi, full = self.process.marginal(times)
         root, baseline, scale, label = self.coefficients(times)
         s = full @ full.mT
         eye = torch.eye(s.shape[-1], dtype=s.dtype)
         back = torch.linalg.solve(phi, torch.cat([eye + s @ baseline, -s @ torch.linalg.inv(root).mT], -1))
+        return torch.cat([back.flatten(1), scale, label.unsqueeze(-1)], -1)
 
-        def predict(z: Tensor, i: int, **condition: Any) -> Tensor:
-            noise = self._noise(z, scale[i].unsqueeze(0), label[i], **condition)
-            return mix(back[i], torch.cat([z, noise.to(z)], 1))
+    def read(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor:
+        """Predicted start state (batch, K, *event), by Tweedie's formula, for one row of :meth:`reading`."""
+        k = self.process.channels
+        noise = self._noise(z, reading[-k - 1 : -1].unsqueeze(0), reading[-1], **condition)
+        return mix(reading[: 2 * k * k].reshape(k, 2 * k), torch.cat([z, noise.to(z)], 1))
 
-        return predict
+    def predictor(self, times: Tensor) -> Predictor:
+        """Predictor of the whole start state at fixed times (N,), its coefficients computed once; P = K."""
+        return _predictor(self, times)
+
+
+def _predictor(diffusion: Diffusion | NoiseDiffusion, times: Tensor) -> Predictor:
+    readings = diffusion.reading(times)
+
+    def predict(z: Tensor, i: int, **condition: Any) -> Tensor:
+        return diffusion.read(z, readings[i], **condition)
+
+    return predict

@@ -59,7 +59,13 @@ class EulerMaruyama(TableSampler):
         noise = self.stochasticity * h.sqrt()[:, None, None] * psd_sqrt(nodes.GG)
         last = len(h) - 1
         return [
-            Row(times[i], [a[i]], [b[i]], noise[i] if self.stochasticity and (i < last or self.noise_last) else None, float(times[i + 1]))
+            Row(
+                times[i],
+                [a[i]],
+                [b[i]],
+                noise[i] if self.stochasticity and (i < last or self.noise_last) else None,
+                float(times[i + 1]),
+            )
             for i in range(last + 1)
         ]
 
@@ -99,7 +105,9 @@ class Heun(TableSampler):
         """Times to churn up to before each step, (N - 1,): equal to ``times[:-1]`` where there is no churn."""
         sigma = process.sigma(times[:-1])
         gain = 1 + min(self.churn / self.steps, math.sqrt(2) - 1)
-        active = (sigma >= self.churn_min) & (sigma <= self.churn_max) & (sigma * gain <= process.sigma(process.horizon))
+        active = (
+            (sigma >= self.churn_min) & (sigma <= self.churn_max) & (sigma * gain <= process.sigma(process.horizon))
+        )
         if gain == 1 or not bool(active.any()):
             return times[:-1]
         raised = times[:-1].clone()

@@ -5,17 +5,20 @@ r"""The probability-flow ODE with an adaptive solver: the one sampler that is no
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from undrift._linalg import Interpolant
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import mix
 from undrift.sample.plan import Nodes, Sampler
 
-__all__ = ["ProbabilityFlow"]
+__all__ = ["ProbabilityFlow", "flow_velocity"]
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,18 @@ class ProbabilityFlow(Sampler):
 
         process, calls = diffusion.process, 0
         end = process.time(self.sigma_min)
+        velocity_at = flow_velocity(diffusion, float(end))
 
         def velocity(log_t: Tensor, state: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
-            t = log_t.to(torch.float64).exp().clamp(max=process.horizon)
-            return t.to(state) * _flow_velocity(diffusion, state, t, **condition)
+            return velocity_at(float(log_t), state, **condition)
 
         span = torch.stack([torch.tensor(process.horizon, dtype=torch.float64), end]).log().to(z.device)
         try:
-            states = odeint(velocity, z, span, rtol=self.rtol, atol=self.atol, method=self.method)
+            # step_t makes the solver step onto the end instead of past it, where the coefficients are not defined
+            options = {"step_t": span[-1:]}
+            states = odeint(velocity, z, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
         except AssertionError as error:
             raise RuntimeError(
                 f"ProbabilityFlow: the solver's step size underflowed ({error}). One step size serves the whole batch, so one stiff "
@@ -81,9 +86,26 @@ class ProbabilityFlow(Sampler):
         return times, states, calls
 
 
-def _flow_velocity(diffusion: Diffusion | NoiseDiffusion, z: Tensor, t: Tensor, **condition: Any) -> Tensor:
-    """F z - 1/2 GG' score, with GG' S^-1 formed once: z (batch, K, *event), one time."""
-    at = Nodes.at(diffusion.process, t)
-    start = diffusion.predictor(t.reshape(1))(z, 0, **condition)
-    pull = 0.5 * at.pull
-    return mix(torch.cat([at.F + pull, -pull @ at.Phi[:, : start.shape[1]]], -1), torch.cat([z, start], 1))
+def flow_velocity(diffusion: Diffusion | NoiseDiffusion, t_min: float) -> Callable[..., Tensor]:
+    """``velocity(log_t, z, **condition)`` = dz / d log t of the probability-flow ODE, for log_t from log t_min to log T.
+
+    Its coefficients are tabulated once, so that a call costs the model and little else.
+    """
+    process, k = diffusion.process, diffusion.process.channels
+
+    def coefficients(log_t: Tensor) -> Tensor:
+        t = log_t.exp().clamp(max=process.horizon)
+        at = Nodes.at(process, t)
+        pull = 0.5 * at.pull
+        matrix = torch.cat([at.F + pull, -pull @ at.Phi[..., : diffusion.predictions]], -1)
+        return torch.cat([(t[:, None, None] * matrix).flatten(1), diffusion.reading(t)], -1)
+
+    table = Interpolant(coefficients, math.log(t_min), math.log(process.horizon))
+    size = k * (k + diffusion.predictions)
+
+    def velocity(log_t: float, z: Tensor, **condition: Any) -> Tensor:
+        row = table(log_t)
+        start = diffusion.read(z, row[size:], **condition)
+        return mix(row[:size].reshape(k, -1), torch.cat([z, start], 1))
+
+    return velocity

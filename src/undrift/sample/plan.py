@@ -129,7 +129,9 @@ class TableSampler(Sampler):
             times=torch.stack([r.time for r in rows]),
             A=stack([r.A for r in rows], states),
             B=stack([r.B for r in rows], predictions),
-            L=torch.stack([zero if r.L is None else torch.nn.functional.pad(r.L, (0, k - r.L.shape[-1])) for r in rows]),
+            L=torch.stack(
+                [zero if r.L is None else torch.nn.functional.pad(r.L, (0, k - r.L.shape[-1])) for r in rows]
+            ),
             prior=self.initial(process, times),
             after=torch.tensor([r.after for r in rows], dtype=torch.float64),
         )

@@ -41,7 +41,9 @@ class Trajectory:
 def _generator(seed: int | torch.Generator | None, device: torch.device) -> torch.Generator:
     if isinstance(seed, torch.Generator):
         if seed.device.type != device.type:
-            raise ValueError(f"sample: the generator lives on {seed.device}, the samples on {device}; make both the same.")
+            raise ValueError(
+                f"sample: the generator lives on {seed.device}, the samples on {device}; make both the same."
+            )
         return seed
     generator = torch.Generator(device)
     if seed is None:
@@ -103,18 +105,26 @@ def sample(
         raise ValueError(f"sample: sampler must be a sampler or a plan, got {type(sampler).__name__}.")
     plan = sampler.plan(diffusion.process) if isinstance(sampler, TableSampler) else sampler
     if isinstance(plan, Plan) and plan.process is not diffusion.process:
-        raise ValueError("sample: the plan was made for another process object; make it with sampler.plan(diffusion.process).")
+        raise ValueError(
+            "sample: the plan was made for another process object; make it with sampler.plan(diffusion.process)."
+        )
     size = n if batch is None else batch
     calls = plan.calls if isinstance(plan, Plan) else None
     walks = []
-    with tqdm(total=None if calls is None else calls * -(-n // size), disable=not progress, desc="sampling", unit="call") as bar:
+    with tqdm(
+        total=None if calls is None else calls * -(-n // size), disable=not progress, desc="sampling", unit="call"
+    ) as bar:
         for first in range(0, n, size):
             count = min(size, n - first)
             part = {
-                key: value[first : first + count] if isinstance(value, Tensor) and value.ndim and value.shape[0] == n else value
+                key: value[first : first + count]
+                if isinstance(value, Tensor) and value.ndim and value.shape[0] == n
+                else value
                 for key, value in condition.items()
             }
-            noise = torch.empty(count, diffusion.process.channels, *shape, dtype=dtype, device=place).normal_(generator=generator)
+            noise = torch.empty(count, diffusion.process.channels, *shape, dtype=dtype, device=place).normal_(
+                generator=generator
+            )
             if isinstance(plan, Plan):
                 walks.append(run_plan(diffusion, plan, noise, generator, trajectory, bar, **part))
             else:
@@ -155,7 +165,11 @@ def run_plan(
         if bool(columns.any()):
             root = plan.L[i][:, columns]
             blocks.append(root)
-            parts.append(torch.empty(z.shape[0], root.shape[-1], *z.shape[2:], dtype=z.dtype, device=z.device).normal_(generator=generator))
+            parts.append(
+                torch.empty(z.shape[0], root.shape[-1], *z.shape[2:], dtype=z.dtype, device=z.device).normal_(
+                    generator=generator
+                )
+            )
         before, z = z, _combine(torch.cat(blocks, -1), parts)
         if trajectory and bool(torch.isfinite(plan.after[i])):
             kept.append(z)

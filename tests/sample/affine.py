@@ -1,0 +1,53 @@
+"""The exact law of a plan on scalar Gaussian data: the model is affine, so mean and covariance obey a closed recursion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from undrift.sample import Plan
+
+
+def law(plan: Plan, mean: float, variance: float) -> tuple[Tensor, Tensor]:
+    """Mean (K,) and covariance (K, K) of the last state, for data N(mean, variance) and its exact denoiser."""
+    process, k = plan.process, plan.process.channels
+    states, depth = plan.A.shape[1], plan.B.shape[1]
+    size = k * states + depth - 1  # newest states first, then past predictions
+    mu = torch.zeros(size, dtype=torch.float64)
+    cov = torch.zeros(size, size, dtype=torch.float64)
+    cov[:k, :k] = plan.prior @ plan.prior.T
+    start_mean, root = process.kernel(plan.times)
+    precision = torch.cholesky_inverse(root)
+    for i in range(plan.calls):
+        m, inverse = start_mean[i], precision[i]
+        snr = m @ inverse @ m
+        gain = variance * inverse @ m / (1 + variance * snr)  # E[x0 | z] = gain . z + offset
+        offset = mean / (1 + variance * snr)
+        predict = torch.zeros(size, dtype=torch.float64)
+        predict[:k] = gain
+        step = torch.zeros(size, size, dtype=torch.float64)
+        shift = torch.zeros(size, dtype=torch.float64)
+        for s in range(states):
+            step[:k, s * k : (s + 1) * k] = plan.A[i, s]
+        b = plan.B[i, :, :, 0]
+        step[:k] += b[0][:, None] * predict
+        shift[:k] += b[0] * offset
+        for j in range(1, depth):
+            step[:k, k * states + j - 1] += b[j]
+        if states > 1:
+            step[k : 2 * k, :k] = torch.eye(k, dtype=torch.float64)
+        if depth > 1:
+            step[k * states] = predict
+            shift[k * states] = offset
+            for j in range(1, depth - 1):
+                step[k * states + j, k * states + j - 1] = 1.0
+        mu = step @ mu + shift
+        cov = step @ cov @ step.T
+        cov[:k, :k] += plan.L[i] @ plan.L[i].T
+    return mu[:k], cov[:k, :k]
+
+
+def data_law(plan: Plan, mean: float, variance: float) -> tuple[float, float]:
+    """Mean and variance of the data channel of the last state."""
+    mu, cov = law(plan, mean, variance)
+    return float(mu[0]), float(cov[0, 0])
