@@ -156,7 +156,9 @@ class LinearProcess(ABC):
                 )
             place = torch.searchsorted(torch.cummax(reached, 0).values, target).clamp(1, 127)
             lo, hi = table[place - 1], table[place]
-            x = 0.5 * (lo + hi)
+            # Interpolated, not halved: where the root is an end of the table, as at sigma(T), it is hit at once.
+            share = (target - reached[place - 1]) / (reached[place] - reached[place - 1])
+            x = torch.lerp(lo, hi, share.nan_to_num(0.5).clamp(0, 1))
             for _ in range(60):
                 miss, slope = self._log_sigma(x, high)
                 miss = miss - target
