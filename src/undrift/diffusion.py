@@ -2,8 +2,8 @@ r"""A diffusion is a process with a model of the data: it has a score, and it pr
 
 Two kinds, and every sampler runs both:
 
-* :class:`Diffusion` = process x denoiser. The score is :math:`-S_t^{-1}(z - m_t \otimes D(\tilde x, \sigma))`; one denoiser
-  serves every process.
+* :class:`Diffusion` = process x denoiser. The score is :math:`-S_t^{-1}(z - m_t \otimes D(\tilde x, \sigma))`;
+  one denoiser serves every process.
 * :class:`NoiseDiffusion`, the papers' way: a network sees all K channels and predicts the noise of one process.
 """
 
@@ -84,8 +84,8 @@ class NoiseDiffusion:
 
     .. math:: \nabla \log p_t(z) \approx s_\theta(z, t) = b_t(z) - L_t^{-\top} \epsilon_\theta(z / \text{scale}_t, c_t)
 
-    with :math:`L_t L_t^\top = S_t` and label :math:`c_t = \frac14 \log \sigma(t)`. The baseline :math:`b_t` is 0, or with
-    ``mixed`` the score of Gaussian data of deviation ``data_std``, so that the network learns the departure from it.
+    with :math:`L_t L_t^\top = S_t` and label :math:`c_t = \frac14 \log \sigma(t)`. The baseline :math:`b_t` is 0, or
+    with ``mixed`` the score of Gaussian data of deviation ``data_std``, so that the network learns the departure.
 
     Args:
         process: the process the network is trained for.
@@ -137,7 +137,7 @@ class NoiseDiffusion:
         return root
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the network needs at times t (N,): root (N, K, K), baseline matrix b (N, K, K), input scales (N, K), labels (N,)."""
+        """At times t (N,): root (N, K, K), baseline matrix b (N, K, K), input scales (N, K), labels (N,)."""
         mean, full = self.process.kernel(t)
         p = full @ full.mT + self.data_std**2 * mean.unsqueeze(-1) * mean.unsqueeze(-2)
         scale = p.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -171,7 +171,10 @@ class NoiseDiffusion:
         return mix(torch.cat([row, row @ full @ full.mT], -1), torch.cat([z, s], 1)).squeeze(1)
 
     def reading(self, times: Tensor) -> Tensor:
-        r"""What :meth:`read` needs at times (N,): the map to :math:`\Phi^{-1}(z + S_t s_\theta)`, input scales, label; (N, 2 K^2 + K + 1)."""
+        r"""What :meth:`read` needs at times (N,), flat, (N, 2 K^2 + K + 1).
+
+        The map to :math:`\Phi^{-1}(z + S_t s_\theta)`, the input scales, and the label.
+        """
         times = as_f64(times)
         phi, full = self.process.marginal(times)
         root, baseline, scale, label = self.coefficients(times)

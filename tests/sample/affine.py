@@ -1,4 +1,4 @@
-"""The exact law of a plan on scalar Gaussian data: the model is affine, so mean and covariance obey a closed recursion."""
+"""The exact law of a plan on scalar Gaussian data, where the model is affine: a closed recursion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samplers on Gaussian data against moments propagated independently (psld sheet 8.5-8.6, mdm sheet T18, design sheet 5)."""
+"""Samplers on Gaussian data against independently propagated moments (PSLD 8.5-8.6, MDM T18, design space 5)."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_mdm_splitting_table(name):
         assert data_law(plan, 0.0, 0.49)[1] == pytest.approx(expected, abs=2e-10)
 
 
-# Design sheet, section 5: power-law Gaussian (d = 64, lambda_i ~ i^-2, mean variance .25), sigma 80 -> .002, exact score.
+# Design space, section 5: power-law Gaussian (d = 64, lambda_i ~ i^-2, mean variance .25), sigma 80 -> .002.
 # (KL, W2) to the data at sigma_min, for N = 10, 20, 40 steps.
 N_STEPS = (10, 20, 40)
 DESIGN_TABLE = {
@@ -188,7 +188,8 @@ def test_sscs_half_steps_match_the_closed_form():
     from undrift.process.linear import noise_root
 
     for b, phi, cov in [
-        (0.04, [[0.99902119, -0.07684778], [0.01921195, 0.92217341]], [4.80261461653e-4, -1.47639547790e-3, 3.70299523129e-2]),
+        (0.04, [[0.99902119, -0.07684778], [0.01921195, 0.92217341]],
+         [4.80261461653e-4, -1.47639547790e-3, 3.70299523129e-2]),
         (0.08, [[0.996566947583, -0.147639547790], [0.036909886948, 0.848927399793]],
          [0.00140495996810, -0.00544935901791, 0.0684682277159]),
     ]:  # fmt: skip

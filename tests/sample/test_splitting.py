@@ -69,7 +69,7 @@ def test_cld_is_psld_without_noise_on_the_data():
 
 @pytest.mark.parametrize("process", [VP(), CLD(), PSLD(), MALDA()])
 def test_exact_when_the_data_is_the_stationary_law(process):
-    """If the data is the stationary law of channel 0 and the auxiliaries are stationary the kick vanishes, and the walk stays there."""
+    """With stationary data and stationary auxiliaries the kick vanishes, and the walk stays where it is."""
     import dataclasses
 
     if process.channels > 1:

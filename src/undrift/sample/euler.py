@@ -72,11 +72,11 @@ class EulerMaruyama(TableSampler):
 
 @dataclass(frozen=True)
 class Heun(TableSampler):
-    r"""Heun's method on the probability-flow ODE, with EDM's optional churn. Order 2; two calls a step, one in the final.
+    r"""Heun's method on the probability-flow ODE, with EDM's optional churn. Order 2, two calls a step.
 
-    On VE with sigma(t) = t this is EDM's sampler; on other processes it is its algorithm for any sigma(t) and scale, and for
-    K > 1 the same in all channels. Churn moves the state forward, exactly, to the time where sigma is (1 + gamma) as large,
-    :math:`\gamma = \min(\text{churn}/\text{steps}, \sqrt 2 - 1)`, before a step.
+    On VE with sigma(t) = t this is EDM's sampler; on other scalar processes it is its algorithm for any sigma(t) and
+    scale, and for K > 1 the same in all channels. Before a step, churn moves the state forward, exactly, to the time
+    where sigma is (1 + gamma) as large, :math:`\gamma = \min(\text{churn}/\text{steps}, \sqrt 2 - 1)`.
 
     Args:
         steps, grid, final: see :class:`TableSampler`; calls = 2 steps - 1 with a final call.

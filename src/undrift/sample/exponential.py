@@ -1,22 +1,24 @@
 r"""Exponential integrators (generalised DDIM) for any linear process, and ancestral sampling.
 
-With the predicted start frozen at :math:`\hat z_0`, the reverse diffusion of stochasticity :math:`\lambda` is linear, and its solution from
-t to t' is exact:
+With the predicted start frozen at :math:`\hat z_0`, the reverse diffusion of stochasticity :math:`\lambda` is
+linear, and its solution from t to t' is exact:
 
 .. math:: z' = \Psi (z - \Phi_t \hat z_0) + \Phi_{t'} \hat z_0 + \text{noise},
     \qquad \partial_{t'} \Psi = \bigl(F + \tfrac{1 + \lambda^2}{2} GG^\top S^{-1}\bigr) \Psi
 
-so a step is exact when the data is one point. Higher orders add the integral of Psi against the change of the prediction,
-interpolated through earlier calls in log sigma.
+so a step is exact when the data is one point. Higher orders add the integral of Psi against the change of the
+prediction, interpolated through earlier calls in log sigma.
 
-How Psi is found for any process: in the frame of the Cholesky root, :math:`\Psi(t', t) = L_{t'} O(t', t) L_t^{-1}`, the growth of
-fifteen orders of magnitude near t = 0 sits in L, which is known to full accuracy, and O solves the mild equation
+How Psi is found for any process. In the frame of the Cholesky root, :math:`\Psi(t', t) = L_{t'} O(t', t) L_t^{-1}`,
+the growth of fifteen orders of magnitude near t = 0 sits in L, which is known to full accuracy, and O solves the mild
+equation
 
 .. math:: \dot O = \bigl(U - U^\top + \tfrac{\lambda^2}{2} N\bigr) O, \quad
     N = L^{-1} GG^\top L^{-\top}, \quad U = \text{strict upper part of } L^{-1} F L + \tfrac12 N.
 
-At :math:`\lambda = 0` O is a rotation, and R = L O is the paper's root with :math:`\dot R = (F + \tfrac12 GG^\top S^{-1}) R`. Derivation: the lower
-part of :math:`L^{-1} \dot L` is fixed by :math:`\dot S = F S + S F^\top + GG^\top`, and what remains of the drift is skew.
+At :math:`\lambda = 0` O is a rotation, and R = L O is the paper's root with
+:math:`\dot R = (F + \tfrac12 GG^\top S^{-1}) R`. Derivation: the lower part of :math:`L^{-1} \dot L` is fixed by
+:math:`\dot S = F S + S F^\top + GG^\top`, and what remains of the drift is skew.
 
 References:
     Zhang, Tao & Chen, gDDIM: Generalized Denoising Diffusion Implicit Models, 2022, eq. 9-19.
@@ -41,9 +43,10 @@ _PANEL = 0.25  # width of a collocation panel in log t
 
 
 def reverse_flow(process: LinearProcess, start: Tensor, end: Tensor, stochasticity: float = 0.0) -> Flow:
-    r"""The flow of :math:`\dot z = (F + \frac{1 + \lambda^2}{2} GG^\top S^{-1}) z` from ``start`` to ``end`` (...), in either direction.
+    r"""Flow of :math:`\dot z = (F + \frac{1 + \lambda^2}{2} GG^\top S^{-1}) z` from ``start`` to ``end``, each (...).
 
-    Nodes and weights of the returned :class:`Flow` are in time, so that integrals along it are sums over its nodes.
+    Either may be the later. Nodes and weights of the returned :class:`Flow` are in time, so that integrals along it
+    are sums over its nodes.
     """
 
     def generator(log_t: Tensor) -> Tensor:
@@ -79,8 +82,8 @@ class Exponential(TableSampler):
         steps, grid, final: see :class:`TableSampler`.
         order: predictions interpolated per step. The first steps run at the order that their history allows.
         stochasticity: lambda; 0 is deterministic, 1 at order 1 is ancestral sampling.
-        guard: where steps in log sigma are long, extrapolating predictions hurts on multimodal data; with the guard the
-            higher orders fade out there, and only there (see :func:`_trust`).
+        guard: long steps in log sigma make extrapolated predictions worse than held ones on multimodal data; with the
+            guard higher orders fade out there, and only there: full weight up to steps of 0.5, none from 1 on.
     """
 
     order: int = 2
@@ -139,7 +142,7 @@ class Exponential(TableSampler):
 
 
 def _trust(levels: Tensor) -> float:
-    """Weight in [0, 1] of an order, from the steps in log sigma that its stencil spans: 1 for short ones, 0 for long ones."""
+    """Weight of an order by the longest step in log sigma of its stencil: 1 to 0.5, 0 from 1 on, linear between."""
     longest = float(levels.diff().abs().max())
     return min(1.0, max(0.0, (1.0 - longest) / 0.5))
 
@@ -148,7 +151,9 @@ def _trust(levels: Tensor) -> float:
 class DPMSolver2M(TableSampler):
     r"""DPM-Solver++(2M): the exponential integrator with the prediction extrapolated to the middle of the step.
 
-    .. math:: \bar D = (1 + \tfrac{h}{2 h_-}) D_i - \tfrac{h}{2 h_-} D_{i-1}, \qquad z' = \Psi (z - \Phi \bar D) + \Phi' \bar D
+    .. math::
+        \bar D = (1 + \tfrac{h}{2 h_-}) D_i - \tfrac{h}{2 h_-} D_{i-1}, \qquad
+        z' = \Psi (z - \Phi \bar D) + \Phi' \bar D
 
     with steps h in log sigma. Published for scalar processes; the formula holds as it stands for any linear one.
 
@@ -176,7 +181,7 @@ class DPMSolver2M(TableSampler):
 class Ancestral(TableSampler):
     r"""Draws from the exact posterior :math:`q(z_s \mid z_t, \hat z_0)`, for any process: DDPM's sampler.
 
-    Gain :math:`S_s \Phi(s,t)^\top S_t^{-1}` and posterior root come from one QR of square roots; no covariance is subtracted.
+    Gain :math:`S_s \Phi(s,t)^\top S_t^{-1}` and posterior root come from one QR of square roots; nothing is subtracted.
 
     Args:
         steps, grid, final: see :class:`TableSampler`.
@@ -189,7 +194,7 @@ class Ancestral(TableSampler):
         k = process.channels
         step, noise = process.transition(times[1:], times[:-1])
         phi, root = process.marginal(times)
-        # [noise' 0; root_s' step' root_s'] = Q R, so R11'R11 = S_t, R12'R11 = S_s step', R22'R22 = posterior covariance.
+        # [noise' 0; root_s' step' root_s'] = Q R: R11'R11 = S_t, R12'R11 = S_s step', R22'R22 the posterior covariance.
         top = torch.cat([noise.mT, torch.zeros_like(noise)], -1)
         bottom = torch.cat([(step @ root[1:]).mT, root[1:].mT], -1)
         r = torch.linalg.qr(torch.cat([top, bottom], -2), mode="r").R

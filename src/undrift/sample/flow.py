@@ -49,8 +49,8 @@ class ProbabilityFlow(Sampler):
         """Walk ``z`` (batch, K, *event) from T to the end.
 
         Returns:
-            times (S,) and states (S, batch, K, *event) at the start, the end of the ODE and after the final call, and the
-            number of model calls.
+            times (S,) and states (S, batch, K, *event) at the start, the end of the ODE and after the final call; and
+            the number of model calls.
 
         Raises:
             RuntimeError: if the step size underflows.
@@ -73,8 +73,9 @@ class ProbabilityFlow(Sampler):
             states = odeint(velocity, z, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)
         except AssertionError as error:
             raise RuntimeError(
-                f"ProbabilityFlow: the solver's step size underflowed ({error}). One step size serves the whole batch, so one stiff "
-                "sample is enough: loosen rtol and atol, raise sigma_min, use float64, or walk in smaller batches."
+                f"ProbabilityFlow: the solver's step size underflowed ({error}). One step size serves the "
+                "whole batch, so one stiff sample is enough: loosen rtol and atol, raise sigma_min, use float64, or "
+                "walk in smaller batches."
             ) from error
         times = torch.stack([torch.tensor(process.horizon, dtype=torch.float64), end])
         if self.final == "predict":
@@ -87,7 +88,7 @@ class ProbabilityFlow(Sampler):
 
 
 def flow_velocity(diffusion: Diffusion | NoiseDiffusion, t_min: float) -> Callable[..., Tensor]:
-    """``velocity(log_t, z, **condition)`` = dz / d log t of the probability-flow ODE, for log_t from log t_min to log T.
+    """``velocity(log_t, z, **condition)``: dz / d log t of the probability-flow ODE, from log t_min to log T.
 
     Its coefficients are tabulated once, so that a call costs the model and little else.
     """

@@ -1,7 +1,7 @@
 r"""Time grids: at which times, or noise levels, a sampler calls the model.
 
-A grid gives n decreasing times from the start of sampling to the last call. Two families: spaced in time, and spaced in the
-effective noise level sigma, which means the same for every process.
+A grid gives n decreasing times from the start of sampling to the last call. Two families: spaced in time, and spaced
+in the effective noise level sigma, which means the same for every process.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Uniform(Grid):
 
 @dataclass(frozen=True)
 class Quadratic(Grid):
-    r""":math:`t_i = \epsilon + (T - \epsilon)(1 - i/n)^2`: dense near the data (Dockhorn et al. 2022; Pandey & Mandt 2023).
+    r""":math:`t_i = \epsilon + (T - \epsilon)(1 - i/n)^2`, dense near the data (Dockhorn et al. 2022).
 
     Args:
         t_min: last time, as a fraction of the horizon.
@@ -76,7 +76,8 @@ def _levels(owner: str, process: LinearProcess, sigma_min: float, sigma_max: flo
     high = top if sigma_max is None else min(sigma_max, top)
     if not 0 < sigma_min < high:
         raise ValueError(
-            f"{owner}: needs 0 < sigma_min < sigma_max, got sigma_min = {sigma_min:g} where the walk starts at sigma = {high:g}."
+            f"{owner}: needs 0 < sigma_min < sigma_max, got sigma_min = {sigma_min:g} where the walk starts at "
+            f"sigma = {high:g}."
         )
     return sigma_min, high
 
@@ -133,7 +134,7 @@ class Given(Grid):
     """Times, or noise levels, of your own.
 
     Args:
-        times_or_sigmas: decreasing values; their number must be what the sampler asks for.
+        values: decreasing times or noise levels; their number must be what the sampler asks for.
         sigma: read the values as noise levels.
     """
 

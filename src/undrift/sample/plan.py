@@ -1,12 +1,15 @@
 r"""A plan: every fixed-step sampler as one table.
 
-Given the predicted start state :math:`\hat z_0` (for a denoiser :math:`(\hat x_0, 0, \dots, 0)`), the score of a linear process is affine,
+Given the predicted start state :math:`\hat z_0` (for a denoiser :math:`(\hat x_0, 0, \dots, 0)`), the score of a
+linear process is affine,
 
 .. math:: \nabla \log p_t(z) = -S_t^{-1} (z - \Phi_t \hat z_0),
 
 so a step of any explicit sampler is a row of matrices that depend on the process and the grid alone:
 
-.. math:: z_{i+1} = \sum_m A_{im} z_{i-m} + \sum_j B_{ij} \hat z_{0, i-j} + L_i \xi_i, \qquad \hat z_{0,i} = \text{model}(z_i, t_i).
+.. math::
+    z_{i+1} = \sum_m A_{im} z_{i-m} + \sum_j B_{ij} \hat z_{0, i-j} + L_i \xi_i, \qquad
+    \hat z_{0,i} = \text{model}(z_i, t_i).
 
 One row is one call of the model. Methods of two stages take two rows; the second remembers the state before the first
 (m = 1); multistep methods remember predictions (j > 0). Rows are computed once, in float64, before the first call.
@@ -36,7 +39,7 @@ class Plan:
     Attributes:
         process: the process walked back.
         times: when the model is called, (N,), decreasing or constant within a step.
-        A: state coefficients, (N, M, K, K); index 1 is the newest state first, then the one before.
+        A: state coefficients, (N, M, K, K), newest first.
         B: prediction coefficients, (N, J, K, K), newest first; a denoiser uses their first column.
         L: noise roots, (N, K, K); zero rows draw no noise.
         prior: root (K, K) of the law that the walk starts from.
@@ -57,25 +60,25 @@ class Plan:
         return self.times.shape[0]
 
     def __repr__(self) -> str:
-        return (
-            f"Plan({type(self.process).__name__}, {self.calls} calls, t = {float(self.times[0]):.4g} .. {float(self.times[-1]):.4g}, "
-            f"{self.A.shape[1]} states, {self.B.shape[1]} predictions, {'stochastic' if bool((self.L != 0).any()) else 'deterministic'})"
-        )
+        kind = "stochastic" if bool((self.L != 0).any()) else "deterministic"
+        span = f"t = {float(self.times[0]):.4g} .. {float(self.times[-1]):.4g}"
+        memory = f"{self.A.shape[1]} states, {self.B.shape[1]} predictions"
+        return f"Plan({type(self.process).__name__}, {self.calls} calls, {span}, {memory}, {kind})"
 
 
-class Sampler(ABC):
-    """Base of all samplers, adaptive ones included."""
+class Sampler:
+    """Base of all samplers: the tables, and the adaptive solver."""
 
 
 @dataclass(frozen=True)
-class TableSampler(Sampler):
+class TableSampler(Sampler, ABC):
     """Base of the samplers that are tables.
 
     Args:
         steps: steps of the walk, the final denoising included: model calls, for a method of one stage.
         grid: where the steps lie.
-        final: the last call. "predict" replaces z by the predicted x0; "drift" makes the papers' noise-free Euler step of the
-            reverse SDE from the last time to 0; "none" stops at the last time, whose noise stays in the samples.
+        final: the last call. "predict" replaces z by the predicted x0; "drift" makes the papers' noise-free Euler step
+            of the reverse SDE from the last time to 0; "none" stops at the last time, whose noise stays in the samples.
     """
 
     steps: int = 20
@@ -112,7 +115,8 @@ class TableSampler(Sampler):
         times = (self.grid or self.default_grid(process)).times(process, nodes)
         if times.shape != (nodes,) or bool((times.diff() >= 0).any()) or float(times[-1]) <= 0:
             raise ValueError(
-                f"{type(self).__name__}: the grid must give {nodes} strictly decreasing times in (0, T], got {times.tolist()}."
+                f"{type(self).__name__}: the grid must give {nodes} strictly decreasing times in (0, T], "
+                f"got {times.tolist()}."
             )
         rows = self.rows(process, times) if nodes > 1 else []
         if self.final != "none":
@@ -150,7 +154,7 @@ class TableSampler(Sampler):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a plan: the call's time, state and prediction coefficients (newest first), noise root, time reached."""
+    """One row of a plan: time of its call, state and prediction coefficients newest first, noise root, time left at."""
 
     time: Tensor
     A: list[Tensor]
@@ -161,7 +165,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The process at given times (...): F and GG', Phi(0, t), the root of S_t, and pull = GG' S_t^{-1}, each (..., K, K)."""
+    """The process at times (...): F, GG', Phi(0, t), the root of S_t, and pull = GG' S_t^{-1}; each (..., K, K)."""
 
     t: Tensor
     F: Tensor

@@ -148,7 +148,8 @@ def run_plan(
     p = diffusion.predictions
     predict = diffusion.predictor(plan.times)
     z = mix(plan.prior, noise)
-    before, history = z, []
+    before = z
+    history: list[Tensor] = []
     depth = plan.B.shape[1]
     kept = [z]
     for i in range(plan.calls):
@@ -177,8 +178,8 @@ def run_plan(
             bar.update()
     if not bool(torch.isfinite(z).all()):
         raise FloatingPointError(
-            "sample: the walk ended in values that are not finite. The model returned them, or the method is unstable on this grid: "
-            "look at the trajectory, take more steps, or use Ancestral or Exponential(order=1)."
+            "sample: the walk ended in values that are not finite. The model returned them, or the method is unstable "
+            "on this grid: look at the trajectory, take more steps, or use Ancestral or Exponential(order=1)."
         )
     if not trajectory:
         return Trajectory(plan.after[-1:], z.unsqueeze(0), plan.calls)

@@ -10,8 +10,9 @@ With stationary law N(0, S), the reverse SDE splits into two parts,
 
 and a step is half of A, one kick, half of A. The two halves that meet between kicks are one exact step.
 
-Order. With one Euler kick, as published, the method has weak order 1 wherever in the step the score is taken, in spite of
-its Strang form. With the score at the midpoint and a kick of second order (the midpoint rule, two calls) it has weak order 2.
+Order. With one Euler kick, as published, the method has weak order 1 wherever in the step the score is taken, in spite
+of its Strang form. With the score at the midpoint and a kick of second order (the midpoint rule, two calls) it has weak
+order 2.
 
 References:
     Dockhorn, Vahdat & Kreis 2022, section 3.3 (CLD). Pandey & Mandt 2023, eq. 12 (PSLD).
