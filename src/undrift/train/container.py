@@ -92,7 +92,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"no checkpoint at {place.absolute()}; training writes model.safetensors in its folder."
         )
     raw = place.read_bytes()
-    if raw[:2] == b"PK" or (raw[:1] == b"\x80" and raw[1:2] in b"\x00\x01\x02\x03\x04\x05" and raw[7:8] != b"\x00"):
+    if raw[:2] == b"PK" or (raw[:1] == b"\x80" and raw[1:2] in b"\x00\x01\x02\x03\x04\x05" and raw[3:8].strip(b"\x00")):
         raise CheckpointError(
             f"{place} is a pickle (torch.save), which can run any code when loaded and is never opened here; load it "
             "where you trust it and save its tensors with undrift.train.save."

@@ -139,7 +139,7 @@ class NoiseMatching(Objective):
     def loss_at(
         self, model: NoiseDiffusion, x: Tensor, t: Tensor, generator: torch.Generator, **condition: Any
     ) -> tuple[Tensor, Tensor]:
-        """``loss`` at given times t (batch,), float64."""
+        """``loss`` at given times t, float64: one per sample (batch,), or one for all (1,)."""
         process = model.process
         with torch.no_grad():
             root, baseline, scale, label = model.coefficients(t)
@@ -157,12 +157,10 @@ class NoiseMatching(Objective):
             z = mix(torch.cat([mean, root], -1), torch.cat([start, noise], 1))
             target = noise + mix(root.mT @ baseline, z) if model.mixed else noise
         error = model._noise(z, scale, label, **condition).to(z) - target
+        sigma = (4 * label).exp().to(x).expand(x.shape[0])
         if self.weighting == "likelihood":
-            # G' L^-T applied to the error of the noise, in float64 where L is nearly singular.
+            # G' L^-T, in float64 since L is nearly singular, applied to the error of the noise
             gain = psd_sqrt(process.diffusion(t)).mT @ torch.linalg.inv(root).mT
-            span = process.horizon - self.t_min
-            squares = (
-                mix(gain, error).square().flatten(2).sum(1).mean(1) if x.ndim > 1 else mix(gain, error).square().sum(1)
-            )
-            return 0.5 * span * squares, (4 * label).exp().to(x)
-        return error.reshape(x.shape[0], -1).square().mean(1), (4 * label).exp().to(x)
+            squares = mix(gain, error).square().sum(1).reshape(x.shape[0], -1).mean(1)
+            return 0.5 * (process.horizon - self.t_min) * squares, sigma
+        return error.reshape(x.shape[0], -1).square().mean(1), sigma

@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from undrift.config import describe
+from undrift.diffusion import Diffusion
 from undrift.train.checkpoint import Model, describe_model, network_of, save, with_network, write_model
 from undrift.train.config import TrainConfig
 from undrift.train.container import CheckpointError, read_file
@@ -107,6 +108,7 @@ class Trainer:
                 f"Trainer: batch is {self.config.batch}, but {self.data.name} has {len(self.data)} points."
             )
         self.network = network_of(model).to(self.device)
+        self._learner = model.denoiser if isinstance(model, Diffusion) else model  # what the objective sees
         classes = getattr(self.network, "classes", None)
         if classes is not None and (self.data.classes is None or self.data.classes > classes):
             raise ValueError(
@@ -166,7 +168,7 @@ class Trainer:
         if self._labels is not None:
             drop = torch.rand(len(index), generator=g, device=self.device) < self.config.class_dropout
             condition["y"] = self._labels[index].masked_fill(drop, -1)
-        per_sample, sigma = self.objective.loss(self.model, self._x[index], g, **condition)
+        per_sample, sigma = self.objective.loss(self._learner, self._x[index], g, **condition)
         loss = per_sample.mean()
         loss.backward()
         row = self._window[self.step % self.config.log_every]
