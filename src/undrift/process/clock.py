@@ -210,7 +210,7 @@ class CallableClock(Clock):
                 "CallableClock: clock must be finite, non-negative and strictly increasing on (0, horizon]."
             )
         if self.rate is not None:
-            exact, given = self._derivative(t), self.rate(t)
+            exact, given = self._derivative(t).detach(), self.rate(t).detach()
             miss = float(((given - exact).abs() / exact.abs().max()).max())
             if miss > 1e-6:
                 raise ValueError(

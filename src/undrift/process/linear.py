@@ -379,8 +379,8 @@ def auxiliary_start(start: float | Tensor, channels: int) -> Tensor:
     """
     block = as_f64(start)
     aux = channels - 1
-    if block.ndim == 0:
-        block = block * torch.eye(aux, dtype=torch.float64)
+    if block.ndim == 0 or (aux == 0 and block.numel() == 0):  # an empty matrix written as a list has lost its shape
+        block = block.sum() * torch.eye(aux, dtype=torch.float64)
     if block.shape != (aux, aux):
         raise ValueError(
             f"start must be a number or the ({aux}, {aux}) covariance of the auxiliaries, got shape "

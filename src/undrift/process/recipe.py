@@ -33,6 +33,15 @@ def _square(name: str, m: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {m.tolist()}.")
 
 
+def _matrix(name: str, value: object) -> Tensor:
+    try:
+        m = as_f64(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a square K x K matrix of numbers, got {value!r}.") from error
+    _square(name, m)
+    return m
+
+
 def _positive_definite(name: str, m: Tensor) -> None:
     low = float(torch.linalg.eigvalsh(m.detach())[0])
     if low <= 1e-12 * float(m.detach().abs().max()):
@@ -129,10 +138,8 @@ class Recipe(RecipeProcess):
         self.start()
 
     def terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        d, q = as_f64(self.D), as_f64(self.Q)
-        _square("D", d)
-        s = torch.eye(d.shape[-1], dtype=torch.float64) if self.S is None else as_f64(self.S)
-        return d, q, s
+        d, q = _matrix("D", self.D), _matrix("Q", self.Q)
+        return d, q, torch.eye(d.shape[-1], dtype=torch.float64) if self.S is None else _matrix("S", self.S)
 
     def start(self) -> Tensor:
         return auxiliary_start(as_f64(self.start_cov), as_f64(self.D).shape[-1])
