@@ -1,0 +1,37 @@
+"""How good is it: likelihoods, distances between samples, and Fréchet distances between features."""
+
+from undrift.measure.distance import Estimate, energy_distance, jackknife, mmd, sliced_wasserstein, wasserstein
+from undrift.measure.fid import (
+    FeatureNetwork,
+    Neighbours,
+    TrainedFeatures,
+    extract,
+    frechet_distance,
+    inception_features,
+    nearest_neighbours,
+    train_features,
+)
+from undrift.measure.likelihood import Likelihood, Transport, bits_per_dim, dequantise, log_likelihood, transport
+
+__all__ = [
+    "Estimate",
+    "FeatureNetwork",
+    "Likelihood",
+    "Neighbours",
+    "TrainedFeatures",
+    "Transport",
+    "bits_per_dim",
+    "dequantise",
+    "energy_distance",
+    "extract",
+    "frechet_distance",
+    "inception_features",
+    "jackknife",
+    "log_likelihood",
+    "mmd",
+    "nearest_neighbours",
+    "sliced_wasserstein",
+    "train_features",
+    "transport",
+    "wasserstein",
+]
