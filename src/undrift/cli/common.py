@@ -1,0 +1,198 @@
+"""What the commands share: folders that are never overwritten by accident, models and their notes, image ranges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undrift.cli.arguments import to_yaml
+from undrift.config import ConfigError, describe
+from undrift.denoise import NetworkDenoiser
+from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.process import VP, LinearProcess
+from undrift.report import label, samples_figure, write_bytes, write_npz, write_provenance
+from undrift.sample import ProbabilityFlow, Sampler, TableSampler
+from undrift.train import Dataset, load, notes
+
+__all__ = ["Checkpoint", "Clock", "begin", "diffusion_of", "draw_classes", "finish", "keep_samples", "open_checkpoint"]
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def begin(run: Any, out: Path, marks: Sequence[str], overwrite: bool, hint: str = "") -> None:
+    """Make a run's folder and write config.yaml, unless a run is there already.
+
+    Args:
+        run: the command's configuration.
+        out: its folder.
+        marks: files that tell that a run is there.
+        overwrite: remove those files first.
+        hint: what else than --overwrite the user may want.
+
+    Raises:
+        ConfigError: if a run is there.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: {out} is a file; give a folder.")
+    there = [m for m in marks if (out / m).exists()]
+    if there and not overwrite:
+        raise ConfigError(
+            f"out: {out} already holds a run ({', '.join(there)}); give another folder, {hint}or --overwrite to "
+            "replace it."
+        )
+    for mark in there:
+        (out / mark).unlink()
+    write_bytes(out / "config.yaml", to_yaml(run).encode())
+
+
+def finish(out: Path, command: Sequence[str], clock: Clock) -> None:
+    """Say in run.json how the folder came about."""
+    write_provenance(out, command, clock.seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A trained model on disk: the file, the model, and what was noted beside it."""
+
+    path: Path
+    model: NetworkDenoiser | Diffusion | NoiseDiffusion
+    notes: Mapping[str, Any]
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        return tuple(self.notes["event"])
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The values of the data that stand for black and white."""
+        return float(self.notes.get("low", -1.0)), float(self.notes.get("high", 1.0))
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The denoiser, which serves every process.
+
+        Raises:
+            ConfigError: if the model predicts the noise of one process.
+        """
+        if isinstance(self.model, NoiseDiffusion):
+            raise ConfigError(
+                f"run: {self.path} predicts the noise of {label(self.model.process)} and of no other process; "
+                "a denoiser (objective Denoising) serves them all."
+            )
+        if isinstance(self.model, Diffusion):
+            inner = self.model.denoiser
+            assert isinstance(inner, NetworkDenoiser)
+            return inner
+        return self.model
+
+
+def open_checkpoint(run: str) -> Checkpoint:
+    """The model of a run's folder (its model.safetensors), or of a file.
+
+    Raises:
+        ConfigError: if there is none, or it does not say what it samples.
+        CheckpointError: if the file is not an intact checkpoint.
+    """
+    place = Path(run).expanduser()
+    path = place / "model.safetensors" if place.is_dir() else place
+    if not path.is_file():
+        what = "holds no model.safetensors" if place.is_dir() else "does not exist"
+        raise ConfigError(f"run: {place} {what}; give a folder that undrift train has written, or a checkpoint file.")
+    model, noted = load(path), notes(path)
+    if "event" not in noted:
+        raise ConfigError(f"run: {path} does not note the shape of its events; save it with notes={{'event': [...]}}.")
+    return Checkpoint(path, model, noted)
+
+
+def diffusion_of(checkpoint: Checkpoint, process: LinearProcess | None) -> Diffusion | NoiseDiffusion:
+    """The diffusion to sample: under ``process``, or the one it was saved with, or VP."""
+    model = checkpoint.model
+    if isinstance(model, NoiseDiffusion):
+        if process is not None and describe(process) != describe(model.process):
+            return Diffusion(process, checkpoint.denoiser)  # says why not
+        return model
+    if process is None:
+        process = model.process if isinstance(model, Diffusion) else VP()
+    return Diffusion(process, checkpoint.denoiser)
+
+
+def draw_classes(checkpoint: Checkpoint, y: int | None, n: int) -> dict[str, Tensor]:
+    """The condition of n samples of class ``y``, empty for none.
+
+    Raises:
+        ConfigError: if the network was not trained for that class.
+    """
+    if y is None:
+        return {}
+    model = checkpoint.model
+    network = model.network if isinstance(model, NoiseDiffusion) else checkpoint.denoiser.network
+    classes = getattr(network, "classes", None)
+    if classes is None or not 0 <= y < classes:
+        known = "takes no classes" if classes is None else f"knows classes 0 to {classes - 1}"
+        raise ConfigError(f"y: the network of {checkpoint.path} {known}, got {y}.")
+    return {"y": torch.full((n,), y)}
+
+
+def keep_samples(
+    out: Path,
+    stem: str,
+    x: Tensor,
+    diffusion: Diffusion | NoiseDiffusion,
+    sampler: Sampler,
+    checkpoint_range: tuple[float, float],
+    seed: int,
+) -> None:
+    """``stem``.npz and ``stem``.png: samples in the range of the data with their settings, and a picture of them."""
+    low, high = checkpoint_range
+    settings: dict[str, Any] = {
+        "process": describe(diffusion.process),
+        "sampler": describe(sampler),
+        "process_name": label(diffusion.process),
+        "sampler_name": label(sampler),
+        "seed": seed,
+        "low": low,
+        "high": high,
+    }
+    if isinstance(sampler, TableSampler):
+        settings["calls"] = sampler.plan(diffusion.process).calls
+    write_npz(out / f"{stem}.npz", x, settings)
+    write_bytes(out / f"{stem}.png", samples_figure(x, low, high))
+
+
+def check_applies(sampler: Sampler, process: LinearProcess) -> None:
+    """Make the plan once, so that what does not fit is said before any work.
+
+    Raises:
+        ConfigError: with the sampler's own reason.
+    """
+    if isinstance(sampler, ProbabilityFlow):
+        return
+    assert isinstance(sampler, TableSampler)
+    try:
+        sampler.plan(process)
+    except ValueError as error:
+        raise ConfigError(f"sampler: {error}") from error
+
+
+def check_event(data: Dataset, checkpoint: Checkpoint, place: str) -> None:
+    """Raise ConfigError if data and model are of different shapes."""
+    if data.event != checkpoint.event:
+        raise ConfigError(
+            f"{place}: points of {data.name} have shape {data.event}, the model of {checkpoint.path} makes "
+            f"{checkpoint.event}; give the data it was trained on, or another model."
+        )

@@ -1,0 +1,220 @@
+"""The report of a run's folder: whatever the folder holds is shown, and what it lacks is left out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from undrift.config import ConfigError, build
+from undrift.denoise import NetworkDenoiser
+from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.process.linear import LinearProcess
+from undrift.report.comparison import label, table
+from undrift.report.files import JsonLines, read_npz, write_bytes
+from undrift.report.html import Page
+from undrift.report.plots import (
+    comparison_figure,
+    is_image,
+    kernel_figure,
+    png,
+    samples_figure,
+    training_figure,
+    walk_figure,
+)
+from undrift.sample import Exponential, Trajectory, sample
+from undrift.train import load, notes
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` into a run's folder.
+
+    Args:
+        folder: of a run: any of config.yaml, run.json, metrics.jsonl, model.safetensors, comparison.jsonl,
+            comparison.json, evaluation.json, samples.npz and samples-*.npz.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or it holds nothing of a run.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place}: no such folder; give the folder of a run.")
+    known = ("config.yaml", "metrics.jsonl", "model.safetensors", "comparison.jsonl", "evaluation.json", "samples.npz")
+    if not any((place / name).exists() for name in known):
+        raise FileNotFoundError(f"{place} holds nothing of a run (none of {', '.join(known)}).")
+    run = _json(place / "run.json")
+    rows = JsonLines(place / "comparison.jsonl").rows
+    about = _json(place / "comparison.json")
+    model = load(place / "model.safetensors") if (place / "model.safetensors").exists() else None
+    noted = notes(place / "model.safetensors") if model is not None else {}
+    processes = _processes(rows, model)
+    page = Page(f"undrift: {place.resolve().name}", _lead(rows, about, noted))
+    if rows:
+        _comparison(page, rows, about)
+    _samples(page, place)
+    if processes:
+        _kernels(page, processes)
+    if model is not None and processes:
+        _walks(page, model, processes, noted)
+    evaluation = _json(place / "evaluation.json")
+    if evaluation:
+        page.section("Evaluation")
+        page.table(
+            ["measure", "value", "floor: held-out data"],
+            [[m["name"], m["value"], m.get("floor") or "–"] for m in evaluation["measures"]],
+            evaluation["caption"],
+        )
+        for line in evaluation["remarks"]:
+            page.text(line)
+    metrics = [r for r in JsonLines(place / "metrics.jsonl").rows if "loss" in r]
+    if metrics:
+        page.section("Training")
+        caption = (
+            f"{metrics[-1]['step']} steps, {metrics[-1]['samples']} samples seen; each point is a mean over the steps "
+            "since the one before."
+        )
+        alt = f"Loss falls from {metrics[0]['loss']:.3g} to {metrics[-1]['loss']:.3g} over {metrics[-1]['step']} steps."
+        page.picture(png(training_figure(metrics)), alt, caption)
+    _reproduce(page, place, run)
+    return write_bytes(place / "report.html", page.render().encode())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _processes(rows: Sequence[Mapping[str, Any]], model: Any) -> list[LinearProcess]:
+    found: dict[str, LinearProcess] = {}
+    for row in rows:
+        if row["process"] not in found:
+            try:
+                found[row["process"]] = build(row["settings"]["process"], LinearProcess)
+            except ConfigError:  # a process of the user's own, whose class is not in memory now
+                continue
+    if not found and isinstance(model, (Diffusion, NoiseDiffusion)):
+        found[label(model.process)] = model.process
+    return list(found.values())
+
+
+def _lead(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], noted: Mapping[str, Any]) -> str:
+    data = noted.get("data")
+    if rows:
+        count = len({r["process"] for r in rows})
+        trained = f"trained on {data}" if data else "trained once"
+        return (
+            f"One denoiser, {trained}, sampled under {count} {'process' if count == 1 else 'processes'} and "
+            f"{len({r['sampler'] for r in rows})} samplers without retraining."
+        )
+    return f"A model trained on {data}." if data else "A run."
+
+
+def _comparison(page: Page, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    page.section("Quality against network calls")
+    measure, floor = about.get("measure", "distance"), about.get("floor")
+    budgets = sorted({int(r["budget"]) for r in rows})
+    for budget in budgets:
+        best = min((r for r in rows if r["budget"] == budget), key=lambda r: r["distance"])
+        page.text(
+            f"{budget} calls: lowest for {best['process']} with {best['sampler']}, {best['distance']:.3g}"
+            + (f" ± {best['std_error']:.1g}." if best["std_error"] is not None else ".")
+        )
+    figure = comparison_figure(rows, measure, floor)
+    caption = f"{measure[:1].upper()}{measure[1:]} against network calls; lower is better. {about.get('caption', '')}"
+    page.picture(
+        png(figure), "Line plots of the table below: one panel for each process, one line for each sampler.", caption
+    )
+    head, lines = table(rows)
+    marks = []
+    for c in range(2, len(head)):
+        budget = budgets[c - 2]
+        value = {(r["process"], r["sampler"]): r["distance"] for r in rows if r["budget"] == budget}
+        for process in dict.fromkeys(line[0] for line in lines):
+            pairs = [
+                (value[line[0], line[1]], i)
+                for i, line in enumerate(lines)
+                if line[0] == process and (line[0], line[1]) in value
+            ]
+            if pairs:
+                marks.append((min(pairs)[1], c))
+    note = "" if floor is None else f" Held-out data: {floor:.3g}."
+    page.table(head, lines, f"{measure}; mean ± standard error; the best of each process stands out.{note}", 2, marks)
+    for line in about.get("remarks", []):
+        page.text(line)
+
+
+def _samples(page: Page, place: Path) -> None:
+    files = [*sorted(place.glob("samples.npz")), *sorted(place.glob("samples-*.npz"))]
+    if not files:
+        return
+    page.section("Samples")
+    for file in files:
+        x, settings = read_npz(file)
+        title = " · ".join(str(settings[k]) for k in ("process_name", "sampler_name") if k in settings) or file.stem
+        page.heading(title)
+        shown = min(len(x), 64)
+        image = is_image(x.shape[1:])
+        calls = f", {settings['calls']} calls" if "calls" in settings else ""
+        page.picture(
+            samples_figure(x, settings.get("low", -1.0), settings.get("high", 1.0)),
+            f"{shown if image else len(x)} samples: {title}",
+            f"{shown if image else len(x)} of {len(x)} samples{calls}, not selected; seed {settings.get('seed', '?')}.",
+            pixels=image,
+        )
+
+
+def _kernels(page: Page, processes: Sequence[LinearProcess]) -> None:
+    page.section("Processes")
+    page.text(
+        "What each process does to one data coordinate: the factor of the data in the mean of each channel (solid), "
+        "and each channel's deviation given the data (dashed). Everything that the state knows about the data sits "
+        "in one number, the effective noise level; that is why one denoiser serves them all."
+    )
+    names = ", ".join(label(p) for p in processes)
+    page.picture(
+        png(kernel_figure(processes)),
+        f"Mean and deviation of each channel against time for {names}, and their effective noise levels.",
+        "Time runs from data (0) to noise (T).",
+    )
+
+
+def _walks(page: Page, model: Any, processes: Sequence[LinearProcess], noted: Mapping[str, Any]) -> None:
+    event = tuple(noted.get("event", ()))
+    if len(event) == 0 or not (is_image(event) or event[0] > 1):
+        return
+    page.section("Walks from noise to data")
+    page.text("A few states of one walk: the data channel, and the auxiliaries that carry it. Exponential integrator.")
+    for process in processes:
+        diffusion = model if isinstance(model, NoiseDiffusion) else Diffusion(process, _denoiser(model))
+        count = 1 if is_image(event) else 400
+        walk = sample(diffusion, count, event, Exponential(steps=24), seed=0, trajectory=True)
+        assert isinstance(walk, Trajectory)
+        page.heading(label(process))
+        figure = walk_figure(walk, process, noted.get("low", -1.0), noted.get("high", 1.0))
+        page.picture(
+            png(figure),
+            f"States of a walk under {label(process)} at falling noise levels, from noise to a sample.",
+            f"{process.channels} channel{'s' if process.channels > 1 else ''}; 24 calls, seed 0.",
+        )
+
+
+def _denoiser(model: Any) -> NetworkDenoiser:
+    return model.denoiser if isinstance(model, Diffusion) else model
+
+
+def _reproduce(page: Page, place: Path, run: Mapping[str, Any]) -> None:
+    page.section("Reproduce")
+    if run:
+        page.code(shlex.join(run["command"]))
+        keys = ("seconds", "undrift", "torch", "python", "machine")
+        page.facts([(k, f"{run[k]} s" if k == "seconds" else str(run[k])) for k in keys if k in run])
+    config = place / "config.yaml"
+    if config.exists():
+        page.heading("Complete configuration (config.yaml)")
+        page.code(config.read_text(encoding="utf-8"))

@@ -1,0 +1,262 @@
+"""Figures of the report: object-oriented matplotlib on the Agg canvas, one palette, labelled axes.
+
+The palette is Okabe and Ito's, which readers with any colour vision tell apart; markers and dashes repeat what colours
+say.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+from torch import Tensor
+
+from undrift.process.linear import LinearProcess
+from undrift.report.comparison import label
+from undrift.sample import Trajectory
+
+__all__ = [
+    "comparison_figure",
+    "grid_image",
+    "kernel_figure",
+    "png",
+    "samples_figure",
+    "training_figure",
+    "walk_figure",
+]
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+GREY = "#6b7280"
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(GREY)
+        ax.tick_params(colors="#374151", labelsize=8)
+        ax.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
+
+
+def kernel_figure(processes: Sequence[LinearProcess]) -> Figure:
+    """For each process the mean and the deviation of each channel against t; and sigma(t) of all of them."""
+    panels = len(processes) + 1
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    figure, axes = _figure(3.3 * columns, 2.7 * rows, rows, columns)
+    last = axes.flat[panels - 1]
+    fractions = torch.linspace(0, 1, 201, dtype=torch.float64)
+    fractions[0] = 1e-4
+    for i, process in enumerate(processes):
+        t = fractions * process.horizon
+        mean, root = process.kernel(t)
+        deviation = root.square().sum(-1).sqrt()
+        ax = axes.flat[i]
+        for k in range(process.channels):
+            colour = PALETTE[k % len(PALETTE)]
+            name = "data" if k == 0 else f"auxiliary {k}" if process.channels > 2 else "momentum"
+            ax.plot(t, mean[:, k].detach(), color=colour, label=f"{name}, mean")
+            ax.plot(t, deviation[:, k].detach(), color=colour, linestyle="--", label=f"{name}, deviation")
+        ax.set_title(label(process), fontsize=9, loc="left")
+        ax.set_xlabel("time t", fontsize=8)
+        ax.legend(fontsize=6, frameon=False)
+        if float(deviation.max()) > 20:
+            ax.set_yscale("symlog", linthresh=1.0)
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        last.plot(
+            fractions,
+            process.sigma(t).detach(),
+            color=colour,
+            marker=marker,
+            markevery=40,
+            markersize=4,
+            label=label(process),
+        )
+    last.set_yscale("log")
+    last.set_title("effective noise level", fontsize=9, loc="left")
+    last.set_xlabel("time t / T", fontsize=8)
+    last.set_ylabel("σ(t), data units", fontsize=8)
+    last.legend(fontsize=6, frameon=False)
+    for ax in axes.flat[panels:]:
+        ax.set_axis_off()
+    return figure
+
+
+def training_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss, and norm of the gradient, against the step."""
+    figure, axes = _figure(8.0, 2.7, 1, 2)
+    step = [r["step"] for r in rows]
+    for ax, key, name in ((axes[0, 0], "loss", "weighted loss"), (axes[0, 1], "gradient_norm", "norm of the gradient")):
+        ax.plot(step, [r[key] for r in rows], color=PALETTE[0], marker="o" if len(step) < 3 else None)
+        ax.set_yscale("log")
+        ax.set_xlabel("optimiser step", fontsize=8)
+        ax.set_ylabel(name, fontsize=8)
+    return figure
+
+
+def comparison_figure(rows: Sequence[Mapping[str, Any]], measure: str, floor: float | None = None) -> Figure:
+    """Distance against network calls, log-log: a panel for each process on common axes, a line for each sampler.
+
+    The best sampler of a panel at the largest budget is named in its title; the dashed line is the floor.
+    """
+    processes = list(dict.fromkeys(r["process"] for r in rows))
+    samplers = list(dict.fromkeys(r["sampler"] for r in rows))
+    columns = min(3, len(processes))
+    lines = -(-len(processes) // columns)
+    figure, axes = _figure(3.4 * columns, 2.8 * lines + 0.5, lines, columns, sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
+    for ax, process in zip(axes.flat, processes, strict=False):
+        for i, sampler in enumerate(samplers):
+            part = sorted(
+                (r for r in rows if (r["process"], r["sampler"]) == (process, sampler)), key=lambda r: r["calls"]
+            )
+            if not part:
+                continue
+            handles[sampler] = ax.errorbar(
+                [r["calls"] for r in part],
+                [r["distance"] for r in part],
+                yerr=[r["std_error"] or 0.0 for r in part],
+                color=PALETTE[i % len(PALETTE)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4.5,
+                linewidth=1.5,
+                capsize=2,
+            )
+        if floor is not None:
+            handles["held-out data (floor)"] = ax.axhline(floor, color=GREY, linestyle="--", linewidth=1.2)
+        ax.set_title(process, fontsize=9, loc="left")
+        _call_axis(ax, sorted({r["budget"] for r in rows}))
+    for ax in axes.flat[len(processes) :]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel(measure, fontsize=8)
+    for c in range(columns):  # the lowest panel of each column carries the axis
+        used = [axes[r, c] for r in range(lines) if r * columns + c < len(processes)]
+        used[-1].set_xlabel("network calls per sample", fontsize=8)
+        used[-1].tick_params(labelbottom=True)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(len(handles), 4),
+        fontsize=8,
+        frameon=False,
+    )
+    return figure
+
+
+def _call_axis(ax: Axes, budgets: Sequence[int]) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(list(budgets)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _picture(x: Tensor, low: float, high: float) -> np.ndarray:
+    """One image (C, H, W) as bytes (H, W, 3)."""
+    grey = ((x.float() - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return (grey.expand(3, -1, -1) if grey.shape[0] == 1 else grey[:3]).permute(1, 2, 0).numpy()
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether an event (C, H, W) can be shown as a picture."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def grid_image(x: Tensor, low: float = -1.0, high: float = 1.0, columns: int | None = None) -> bytes:
+    """Images (n, C, H, W) side by side, as a PNG file in which a pixel is a whole number of screen pixels."""
+    from PIL import Image
+
+    n, _, height, width = x.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = -(-n // columns)
+    gap = 1
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 128, np.uint8)
+    for i in range(n):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = _picture(x[i].cpu(), low, high)
+    scale = max(1, 640 // canvas.shape[1])
+    picture = Image.fromarray(canvas).resize(
+        (canvas.shape[1] * scale, canvas.shape[0] * scale), Image.Resampling.NEAREST
+    )
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def samples_figure(x: Tensor, low: float = -1.0, high: float = 1.0, most: int = 64) -> bytes:
+    """Samples (n, *event) as a PNG file: a grid of images, a cloud of points, or a histogram of numbers."""
+    if is_image(x.shape[1:]):
+        return grid_image(x[:most], low, high)
+    flat = x.flatten(1).cpu()
+    figure, axes = _figure(4.0, 4.0)
+    ax = axes[0, 0]
+    if flat.shape[1] == 1:
+        ax.hist(flat[:, 0], bins=60, color=PALETTE[0])
+        ax.set_xlabel("value, data units")
+        ax.set_ylabel("samples")
+    else:
+        ax.scatter(flat[:, 0], flat[:, 1], s=3, alpha=0.5, color=PALETTE[0], linewidths=0)
+        ax.set_aspect("equal")
+        ax.set_xlabel("coordinate 0, data units")
+        ax.set_ylabel("coordinate 1, data units")
+    return png(figure)
+
+
+def walk_figure(
+    walk: Trajectory, process: LinearProcess, low: float = -1.0, high: float = 1.0, most: int = 9
+) -> Figure:
+    """A few states of one walk: a column for each time, a row for each channel, from noise to data."""
+    states = walk.states[:, 0].cpu()
+    pick = torch.linspace(0, len(states) - 1, min(most, len(states))).round().long()
+    k = states.shape[1]
+    figure, axes = _figure(1.0 * len(pick) + 0.8, 1.0 * k + 0.5, k, len(pick))
+    times = walk.times[pick].clamp(max=process.horizon)
+    sigma = process.sigma(times)
+    for channel in range(k):
+        for column, index in enumerate(pick.tolist()):
+            ax, z = axes[channel, column], states[index, channel]
+            ax.grid(False)
+            if is_image(z.shape):
+                ax.imshow(_picture(z, *_range(states[index], channel, low, high)), interpolation="nearest")
+            else:
+                cloud = walk.states[index, :, channel].flatten(1).cpu()
+                ax.scatter(cloud[:, 0], cloud[:, -1], s=2, color=PALETTE[channel % len(PALETTE)], linewidths=0)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+            if channel == 0:
+                level = float(sigma[column])
+                ax.set_title(f"σ = {level:.3g}" if level > 0 else "sample", fontsize=7)
+            if column == 0:
+                ax.set_ylabel("data" if channel == 0 else f"auxiliary {channel}", fontsize=7)
+    return figure
+
+
+def _range(z: Tensor, channel: int, low: float, high: float) -> tuple[float, float]:
+    """What is black and white: the data's range, widened to the state's; the final call leaves no auxiliaries."""
+    spread = 2.5 * float(z[channel].std())
+    centre = 0.5 * (low + high) if channel == 0 else 0.0
+    half = max(spread, 0.5 * (high - low)) if channel == 0 else max(spread, 1e-6)
+    return centre - half, centre + half
