@@ -90,7 +90,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int |
     levels = torch.cat([torch.arange(n + 1) * (whole // n), torch.arange(m + 1) * (whole // m)]).unique()
     widths, left = levels.diff(), levels[:-1]
     gap = (a[left * n // whole] - b[left * m // whole]).square().mean(1)
-    return math.sqrt(float(gap @ (widths / whole).to(gap)))
+    return math.sqrt(float(gap @ widths.to(gap)) / whole)
 
 
 def wasserstein(x: Tensor, y: Tensor) -> float:

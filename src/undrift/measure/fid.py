@@ -56,9 +56,11 @@ def extract(network: FeatureNetwork, images: Tensor, batch: int = 256) -> Tensor
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Fréchet distance between Gaussians fitted to two sets of features, which is what FID reports.
+    r"""Squared Fréchet distance between Gaussians fitted to two sets of features, which is what FID reports.
 
-    The square root is that of a symmetric product of square roots, by ``eigh``: no complex residue, no jitter.
+    With any roots, :math:`C = R^\top R`, the last trace is the sum of the singular values of :math:`R_a R_b^\top`, and R
+    is the QR factor of the centred features: no covariance is formed and no matrix root taken, so there is no complex
+    residue and no jitter, and singular covariances cost no accuracy.
 
     Args:
         a, b: features (n, D) and (m, D); fewer than D + 1 of them give singular covariances, and a warning.
@@ -69,7 +71,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         if not bool(torch.isfinite(f).all()):
             raise ValueError(f"frechet_distance: {name} has features that are not finite.")
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"frechet_distance: a has {a.shape[1]} features and b has {b.shape[1]}; use one network.")
+        raise ValueError(
+            f"frechet_distance: a has {a.shape[1]} features, b has {b.shape[1]}; use one network for both."
+        )
     d = a.shape[1]
     if min(len(a), len(b)) < d + 1:
         warnings.warn(
@@ -78,17 +82,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
             stacklevel=2,
         )
     a, b = a.detach().double(), b.detach().double()
-    root_a = _psd_root(torch.cov(a.T).reshape(d, d))
-    cov_b = torch.cov(b.T).reshape(d, d)
-    product = root_a @ cov_b @ root_a
-    cross = torch.linalg.eigvalsh(0.5 * (product + product.T)).clamp(min=0).sqrt().sum()
     shift = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, float(shift + root_a.square().sum() + cov_b.trace() - 2 * cross))
+    root_a, root_b = _root(a), _root(b)
+    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    return max(0.0, float(shift + root_a.square().sum() + root_b.square().sum() - 2 * cross))
 
 
-def _psd_root(cov: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(cov)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+def _root(f: Tensor) -> Tensor:
+    """R with R'R the sample covariance."""
+    return torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R
 
 
 class _Classifier(nn.Module):
