@@ -1,11 +1,11 @@
 """Which sampler, process and grid for how many calls? Measured on Gaussian mixtures with the exact denoiser.
 
-Every setting walks the same number of model calls (the last is the final prediction) on 2-d targets: a ring of 8 modes and
-random mixtures of 6. Quality is the sliced W2 to fresh samples, averaged over seeds, with its standard error; the floor is
-the same figure between two sets of exact samples.
+Every setting walks the same number of model calls (the last is the final prediction) on 2-d targets: a ring of 8 modes,
+and random mixtures of 6. Quality is the sliced W2 to fresh samples, averaged over seeds, with its standard error; the
+floor is the same figure between two sets of exact samples.
 
-    python bench/mixture_table.py --out bench/results/mixture_table.json      # about half an hour on one core
-    python bench/mixture_table.py --quick                                    # two minutes, one seed, ring only
+    python bench/mixture_table.py --out bench/results/mixture_table.json      # about an hour on one core
+    python bench/mixture_table.py --quick                                     # some minutes: one seed, ring only
 """
 
 from __future__ import annotations
@@ -130,24 +130,19 @@ def main() -> None:
                         except FloatingPointError:
                             values.append(math.inf)
                     mean = sum(values) / len(values)
-                    error = (
-                        math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
-                        if mean < math.inf
-                        else 0.0
-                    )
+                    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) if mean < math.inf else 0.0
+                    error = math.sqrt(spread / len(values))
                     row.append(f"{mean:.3f}" if mean < 100 else f"{mean:.0e}")
                     results.append(
-                        {"target": name, "calls": plan.calls, "budget": calls, "process": process_name, "grid": grid_name,
-                         "sampler": sampler_name, "w2": mean, "standard_error": error, "floor": sum(floors) / len(floors)}
+                        {"target": name, "calls": plan.calls, "budget": calls, "process": process_name,
+                         "grid": grid_name, "sampler": sampler_name, "w2": mean, "standard_error": error,
+                         "floor": sum(floors) / len(floors)}
                     )  # fmt: skip
                 print(f"| {process_name}, {grid_name} | " + " | ".join(row) + " |", flush=True)
-            best = sorted((r for r in results if r["target"] == name and r["budget"] == calls), key=lambda r: r["w2"])[
-                :5
-            ]
-            for r in best:
-                print(
-                    f"best: {r['process']}, {r['sampler']}, {r['grid']}: {r['w2']:.4f} +- {r['standard_error']:.4f} ({r['calls']} calls)"
-                )
+            cells = [r for r in results if r["target"] == name and r["budget"] == calls]
+            for r in sorted(cells, key=lambda r: r["w2"])[:5]:
+                setting = f"{r['process']}, {r['sampler']}, {r['grid']}"
+                print(f"best: {setting}: {r['w2']:.4f} +- {r['standard_error']:.4f} ({r['calls']} calls)")
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(results, indent=0))

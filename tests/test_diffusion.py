@@ -192,7 +192,7 @@ class ExactNoise:
     def __call__(self, z: torch.Tensor, label: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         times = times.expand(z.shape[0])
         torch.testing.assert_close(label, 0.25 * self.owner.process.sigma(times).log().expand_as(label))
-        root, baseline, scale, _ = self.owner.coefficients(times)
+        root, baseline, scale, *_ = self.owner.coefficients(times)
         mean, kernel = self.owner.process.kernel(times)
         p = kernel @ kernel.mT + self.std**2 * mean.unsqueeze(-1) * mean.unsqueeze(-2)
         state = z.flatten(2) * scale.unsqueeze(-1)
@@ -243,7 +243,7 @@ def test_upper_and_lower_factors_have_the_computed_values():
     process, t = PSLD(), torch.tensor(0.5, dtype=torch.float64)
 
     def root(**options: object) -> torch.Tensor:
-        return NoiseDiffusion(process, lambda z, c: z, **options).noise_root(t)
+        return NoiseDiffusion(process, lambda z, c: z, **options).coefficients(t).root
 
     lower, upper, conditioned = root(), root(factor="upper"), root(kernel="dsm")
     for matrix, want in (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,25 @@ class Diffusion:
         return _predictor(self, times)
 
 
+class NoiseCoefficients(NamedTuple):
+    """A process at times (N,), as a noise network sees it.
+
+    Attributes:
+        root: root of the covariance that the noise is measured in, of the kernel the network was trained by, (N, K, K).
+        baseline: matrix b of the baseline score b z, (N, K, K).
+        scale: deviations of the channels, by which the network's inputs are divided, (N, K).
+        label: a quarter of log sigma, (N,).
+        phi, full: Phi(0, t) and the root of S_t, (N, K, K).
+    """
+
+    root: Tensor
+    baseline: Tensor
+    scale: Tensor
+    label: Tensor
+    phi: Tensor
+    full: Tensor
+
+
 class NoiseDiffusion:
     r"""The papers' parametrisation: a network :math:`\epsilon_\theta` on all K channels, tied to one process.
 
@@ -123,29 +142,22 @@ class NoiseDiffusion:
         """P = K: the model predicts every channel of the start state."""
         return self.process.channels
 
-    def noise_root(self, t: Tensor) -> Tensor:
-        """Root (..., K, K) that the network's noise is measured in: of the kernel it was trained by, lower or upper."""
-        if self.kernel == "hsm":
-            root = self.process.marginal(t)[1]
-        else:
-            root = self.process.transition(torch.zeros_like(t), t)[1]
+    def coefficients(self, t: Tensor) -> NoiseCoefficients:
+        """What training and sampling need of the process at times t (N,), from one evaluation of its kernel."""
+        phi, full = self.process.marginal(t)
+        mean = phi[..., 0]
+        root = full if self.kernel == "hsm" else self.process.transition(torch.zeros_like(t), t)[1]
         if self.factor == "upper":
             # Reversing the channels turns a lower Cholesky factor into an upper one.
-            flipped = torch.linalg.qr(root.flip(-2).mT, mode="r").R.mT
-            sign = torch.where(flipped.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-            root = (flipped * sign.unsqueeze(-2)).flip(-1, -2)
-        return root
-
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """At times t (N,): root (N, K, K), baseline matrix b (N, K, K), input scales (N, K), labels (N,)."""
-        mean, full = self.process.kernel(t)
-        p = full @ full.mT + self.data_std**2 * mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        scale = p.diagonal(dim1=-2, dim2=-1).sqrt()
-        baseline = torch.zeros_like(p)
+            root = sqrt_sum(root.flip(-2)).flip(-1, -2)
+        gaussian = sqrt_sum(full, self.data_std * mean.unsqueeze(-1))
+        baseline = torch.zeros_like(full)
         if self.mixed:
-            gaussian = sqrt_sum(full, self.data_std * mean.unsqueeze(-1))
-            baseline = -_inverse_cov(gaussian, torch.eye(p.shape[-1], dtype=p.dtype).expand_as(p))
-        return self.noise_root(t), baseline, scale, 0.25 * self.process.sigma(t).log()
+            baseline = -_inverse_cov(gaussian, torch.eye(mean.shape[-1], dtype=full.dtype).expand_as(full))
+        sigma = torch.linalg.solve_triangular(full, mean.unsqueeze(-1), upper=False).square().sum((-2, -1)).rsqrt()
+        return NoiseCoefficients(
+            root, baseline, torch.linalg.vector_norm(gaussian, dim=-1), 0.25 * sigma.log(), phi, full
+        )
 
     def _noise(self, z: Tensor, scale: Tensor, label: Tensor, **condition: Any) -> Tensor:
         scaled = z / scale.to(z).reshape(-1, scale.shape[-1], *[1] * (z.ndim - 2))
@@ -153,19 +165,19 @@ class NoiseDiffusion:
 
     def noise(self, z: Tensor, t: object, **condition: Any) -> Tensor:
         """Network output at z (batch, K, *event) and times (batch,) or one time: same shape as z."""
-        _, _, scale, label = self.coefficients(self.process._per_sample(z, t))
-        return self._noise(z, scale, label, **condition)
+        c = self.coefficients(self.process._per_sample(z, t))
+        return self._noise(z, c.scale, c.label, **condition)
 
     def score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
         """Estimated grad log p_t(z), same shape as z (batch, K, *event)."""
-        root, baseline, scale, label = self.coefficients(self.process._per_sample(z, t))
-        noise = self._noise(z, scale, label, **condition)
-        return mix(torch.cat([baseline, -torch.linalg.inv(root).mT], -1), torch.cat([z, noise], 1))
+        c = self.coefficients(self.process._per_sample(z, t))
+        noise = self._noise(z, c.scale, c.label, **condition)
+        return mix(torch.cat([c.baseline, -torch.linalg.inv(c.root).mT], -1), torch.cat([z, noise], 1))
 
     def predict(self, z: Tensor, t: object, **condition: Any) -> Tensor:
         r"""x0 by the part of the score that speaks about it: :math:`m^\top S^{-1}(z + S s)/snr`; (batch, *event)."""
         time = self.process._per_sample(z, t)
-        _, full = self.process.kernel(time)
+        full = self.process.kernel(time)[1]
         row = self.process._weights(time)[1].unsqueeze(-2)
         s = self.score(z, time, **condition)
         return mix(torch.cat([row, row @ full @ full.mT], -1), torch.cat([z, s], 1)).squeeze(1)
@@ -175,13 +187,11 @@ class NoiseDiffusion:
 
         The map to :math:`\Phi^{-1}(z + S_t s_\theta)`, the input scales, and the label.
         """
-        times = as_f64(times)
-        phi, full = self.process.marginal(times)
-        root, baseline, scale, label = self.coefficients(times)
-        s = full @ full.mT
+        c = self.coefficients(as_f64(times))
+        s = c.full @ c.full.mT
         eye = torch.eye(s.shape[-1], dtype=s.dtype)
-        back = torch.linalg.solve(phi, torch.cat([eye + s @ baseline, -s @ torch.linalg.inv(root).mT], -1))
-        return torch.cat([back.flatten(1), scale, label.unsqueeze(-1)], -1)
+        back = torch.linalg.solve(c.phi, torch.cat([eye + s @ c.baseline, -s @ torch.linalg.inv(c.root).mT], -1))
+        return torch.cat([back.flatten(1), c.scale, c.label.unsqueeze(-1)], -1)
 
     def read(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor:
         """Predicted start state (batch, K, *event), by Tweedie's formula, for one row of :meth:`reading`."""

@@ -51,7 +51,7 @@ class ExactNoise:
 
     def __call__(self, scaled, label):
         t = self.process.time(torch.exp(4 * label[:1].double()))
-        root, baseline, scale, _ = self.diffusion.coefficients(t)
+        root, baseline, scale, *_ = self.diffusion.coefficients(t)
         z = scaled.double() * scale[0].reshape(1, -1, 1)
         score = Diffusion(self.process, GAUSSIAN).score(z, t)
         residual = torch.einsum("kl,blj->bkj", baseline[0], z) - score

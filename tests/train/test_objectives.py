@@ -149,7 +149,7 @@ class LinearNoise(nn.Module):
 def exact_network(diffusion, t):
     """Coefficients of the optimal eps for N(MEAN, VAR) data: L'(b + S^-1 (z - mu)), in the network's scaled input."""
     time = torch.tensor([t], dtype=torch.float64)
-    root, baseline, scale, _ = diffusion.coefficients(time)
+    root, baseline, scale, *_ = diffusion.coefficients(time)
     mean, full = diffusion.process.kernel(time)
     cov = full @ full.mT + VAR * mean.unsqueeze(-1) * mean.unsqueeze(-2)
     slope = root.mT @ (torch.linalg.inv(cov) + baseline)
@@ -219,7 +219,7 @@ def test_every_parametrisation_has_the_true_score_as_its_optimum(process, settin
     z = (mean[0] * MEAN) + torch.tensor([[0.0, 0.0], [0.7, 0.0], [0.0, 0.4], [-0.5, 0.5]], dtype=torch.float64)
     exact = -torch.linalg.solve(cov, (z - mean[0] * MEAN).mT).mT
     score = diffusion.score(z.unsqueeze(-1), t).squeeze(-1)
-    miss = (score - exact) @ diffusion.noise_root(time)[0]
+    miss = (score - exact) @ diffusion.coefficients(time).root[0]
     size = (1 + (z / cov.diagonal().sqrt()).square().sum(1)).sqrt()
     # Correlated inputs inflate the coefficients' error by the design's condition number.
     inflation = float(torch.linalg.cond(design.mT @ design)) ** 0.5

@@ -142,25 +142,25 @@ class NoiseMatching(Objective):
         """``loss`` at given times t, float64: one per sample (batch,), or one for all (1,)."""
         process = model.process
         with torch.no_grad():
-            root, baseline, scale, label = model.coefficients(t)
+            c = model.coefficients(t)
             noise = torch.empty(x.shape[0], process.channels, *x.shape[1:], dtype=x.dtype, device=x.device)
             noise.normal_(generator=generator)
             start = x.unsqueeze(1)
             if model.kernel == "hsm":
-                mean = process.kernel(t)[0].unsqueeze(-1)
+                mean = c.phi[..., :1]
             else:
-                mean = process.transition(torch.zeros_like(t), t)[0]
+                mean = c.phi
                 aux = torch.empty_like(noise).normal_(generator=generator)
                 start = mix(psd_sqrt(process.start()), aux) + torch.nn.functional.pad(
                     start, [0, 0] * (x.ndim - 1) + [0, process.channels - 1]
                 )
-            z = mix(torch.cat([mean, root], -1), torch.cat([start, noise], 1))
-            target = noise + mix(root.mT @ baseline, z) if model.mixed else noise
-        error = model._noise(z, scale, label, **condition).to(z) - target
-        sigma = (4 * label).exp().to(x).expand(x.shape[0])
+            z = mix(torch.cat([mean, c.root], -1), torch.cat([start, noise], 1))
+            target = noise + mix(c.root.mT @ c.baseline, z) if model.mixed else noise
+        error = model._noise(z, c.scale, c.label, **condition).to(z) - target
+        sigma = (4 * c.label).exp().to(x).expand(x.shape[0])
         if self.weighting == "likelihood":
             # G' L^-T, in float64 since L is nearly singular, applied to the error of the noise
-            gain = psd_sqrt(process.diffusion(t)).mT @ torch.linalg.inv(root).mT
+            gain = psd_sqrt(process.diffusion(t)).mT @ torch.linalg.inv(c.root).mT
             squares = mix(gain, error).square().sum(1).reshape(x.shape[0], -1).mean(1)
             return 0.5 * (process.horizon - self.t_min) * squares, sigma
         return error.reshape(x.shape[0], -1).square().mean(1), sigma
