@@ -25,11 +25,15 @@ html_title = "undrift"
 
 
 def literal_shapes(app, what, name, obj, options, lines):
-    """Show shapes such as (batch, *event) as code; to reStructuredText their star would open an emphasis."""
+    """Show shapes such as (batch, *event) as code, and keep lone stars and bars from opening markup."""
     for i, line in enumerate(lines):
         parts = re.split(r"(``.*?``|:math:`.*?`)", line)
-        parts[::2] = [re.sub(r"\([^()`]*\*[a-z][^()`]*\)", r"``\g<0>``", part) for part in parts[::2]]
-        parts[::2] = [re.sub(r"(?<![\w*`(\\])\*(?=event)", r"\*", part) for part in parts[::2]]
+        for j in range(0, len(parts), 2):
+            text = re.sub(r"\([^()`]*\*[a-z][^()`]*\)", r"``\g<0>``", parts[j])
+            pieces = re.split(r"(``.*?``)", text)
+            pieces[::2] = [p.replace("*", r"\*") if p.count("*") == 1 else p for p in pieces[::2]]
+            pieces[::2] = [p.replace("|", r"\|") for p in pieces[::2]]
+            parts[j] = "".join(pieces)
         lines[i] = "".join(parts)
 
 

@@ -2,7 +2,8 @@
 
 The ```python blocks of a page run in order, in one namespace and an empty folder. Where a ```text block follows one
 directly, it is what the snippet prints, and is compared with it; with UNDRIFT_REWRITE_DOCS=1 it is written anew first.
-A line of a ```bash block must be a target of the Makefile, a sub-command of undrift, or one of a few ordinary tools.
+A line of a ```bash block must name a target of the Makefile, a command of undrift with flags that it takes, or one of a
+few ordinary tools.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import os
 import re
 import runpy
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from undrift.cli.arguments import parse
+from undrift.cli.main import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TOOLS = {"git", "cd", "pip", "python", "tensorboard", "export", "#"}
+TOOLS = {"git", "cd", "pip", "python"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def test_snippets_run_and_print_what_they_say(page, tmp_path, monkeypatch):
         # Empty lines in front give tracebacks the page's own line numbers.
         code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             exec(code, namespace)
         if after is not None and after.language == "text" and follows(page, block, after):
             shown[after] = printed.getvalue().rstrip()
@@ -91,23 +96,30 @@ def commands(page: Path) -> list[tuple[int, list[str]]]:
     for block in blocks(page):
         if block.language == "bash":
             joined = re.sub(r"\\\n\s*", " ", block.text)
-            out += [(block.line, line.split()) for line in joined.splitlines() if line.strip()]
+            out += [(block.line, shlex.split(line, comments=True)) for line in joined.splitlines() if line.strip()]
     return out
 
 
-def test_commands_exist():
+def test_commands_exist_and_take_these_flags(tmp_path, monkeypatch):
+    """Lines that call undrift are parsed; ```yaml blocks that begin with the name of a file are at hand as files."""
+    monkeypatch.chdir(tmp_path)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    seen = 0
+    programs: set[str] = set()
     for page in PAGES:
+        for block in blocks(page):
+            if block.language == "yaml" and (match := re.match(r"# (\S+\.yaml)\n", block.text)):
+                (tmp_path / match[1]).write_text(block.text, encoding="utf-8")
         for line, words in commands(page):
-            program = Path(words[0]).name
             where = f"{name(page)}, line {line}: {' '.join(words)}"
-            if program == "make":
+            programs.add(words[0])
+            if words[0] == "make":
                 assert words[1] in targets, where
-                seen += 1
-            elif program != "undrift":
-                assert program in TOOLS, where
-    assert seen >= 2
+            elif words[0] == "undrift":
+                assert words[1] in COMMANDS, where
+                parse(COMMANDS[words[1]], words[2:])
+            else:
+                assert words[0] in TOOLS, where
+    assert {"make", "undrift"} <= programs
 
 
 FAST = {
