@@ -31,7 +31,7 @@ def literal_shapes(app, what, name, obj, options, lines):
         for j in range(0, len(parts), 2):
             text = re.sub(r"\([^()`]*\*[a-z][^()`]*\)", r"``\g<0>``", parts[j])
             pieces = re.split(r"(``.*?``)", text)
-            pieces[::2] = [p.replace("*", r"\*") if p.count("*") == 1 else p for p in pieces[::2]]
+            pieces[::2] = [re.sub(r"\*(?=\S)", r"\*", p) if p.count("*") == 1 else p for p in pieces[::2]]
             pieces[::2] = [p.replace("|", r"\|") for p in pieces[::2]]
             parts[j] = "".join(pieces)
         lines[i] = "".join(parts)
