@@ -4,8 +4,8 @@ Every setting walks the same number of model calls (the last is the final predic
 and random mixtures of 6. Quality is the sliced W2 to fresh samples, averaged over seeds, with its standard error; the
 floor is the same figure between two sets of exact samples.
 
-    python bench/mixture_table.py --out bench/results/mixture_table.json      # about an hour on one core
-    python bench/mixture_table.py --quick                                     # some minutes: one seed, ring only
+    python bench/mixture_table.py --out bench/results/mixture_table.json      # some hours on one core
+    python bench/mixture_table.py --quick --calls 5 10                        # minutes: one seed, ring only
 """
 
 from __future__ import annotations
@@ -84,13 +84,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--calls", type=int, nargs="+", default=[5, 10, 20, 50])
+    parser.add_argument("--targets", choices=["ring", "random"], nargs="+", default=["ring", "random"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     angle = torch.linspace(0, math.pi, 65, dtype=torch.float64)[:-1]
     projections = torch.stack([angle.cos(), angle.sin()])
-    targets = {"ring": MixtureDenoiser.ring()}
-    if not args.quick:
+    targets = {"ring": MixtureDenoiser.ring()} if args.quick or "ring" in args.targets else {}
+    if "random" in args.targets and not args.quick:
         targets |= {f"random {i}": random_mixture(i) for i in range(4)}
     seeds = range(1 if args.quick else args.seeds)
     results, begin = [], time.time()
@@ -104,7 +106,7 @@ def main() -> None:
         print(
             f"\n## {name}: floor {sum(floors) / len(floors):.3f} ({min(floors):.3f} to {max(floors):.3f})", flush=True
         )
-        for calls in (5, 10, 20, 50) if name == "ring" and not args.quick else (5, 10, 20):
+        for calls in args.calls:
             print(
                 f"\n### {calls} calls\n\n| process, grid | "
                 + " | ".join(SAMPLERS)
@@ -143,9 +145,9 @@ def main() -> None:
             for r in sorted(cells, key=lambda r: r["w2"])[:5]:
                 setting = f"{r['process']}, {r['sampler']}, {r['grid']}"
                 print(f"best: {setting}: {r['w2']:.4f} +- {r['standard_error']:.4f} ({r['calls']} calls)")
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=0))
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(results, indent=0))
     print(f"\n{time.time() - begin:.0f} s")
 
 

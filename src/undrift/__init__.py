@@ -1,8 +1,10 @@
 """undrift: design a diffusion, learn it, and get back."""
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.measure import log_likelihood
 from undrift.sample import sample
+from undrift.train import load, save
 
 __version__ = "0.1.0"
 
-__all__ = ["Diffusion", "NoiseDiffusion", "__version__", "sample"]
+__all__ = ["Diffusion", "NoiseDiffusion", "__version__", "load", "log_likelihood", "sample", "save"]

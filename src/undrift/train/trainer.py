@@ -177,13 +177,12 @@ class Trainer:
         grads = [p.grad for p in self._trained if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         torch.stack([loss.detach().float(), norm.float(), *(s.float() for s in sigma.detach().aminmax())], out=row)
-        if (
-            self.device.type == "cpu"
-        ):  # elsewhere this would wait for the device; there it is done with each row of metrics
+        if self.device.type == "cpu":  # elsewhere this would wait; there it is done with each row of metrics
             self._check(row.unsqueeze(0), self.step)
         if self.config.clip is not None:
             scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, scale)
+            if self.device.type != "cpu" or float(scale) < 1:  # elsewhere asking would wait for the device
+                torch._foreach_mul_(grads, scale)
         self._optimizer.param_groups[0]["lr"] = self.config.rate(self.step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
