@@ -209,9 +209,9 @@ def _moments(energy, low: float, high: float) -> tuple[float, float]:
 def test_simulation_settles_in_the_law(name, size, burn):
     """Chains in a tilted double well: within 4 standard errors of the exact moments, plus the bias of a step.
 
-    Against 400 000 chains the bias of either moment was below 0.02 at these step sizes.
+    With 100 000 chains the bias of either moment measured below 0.02 at these step sizes.
     """
-    recipe, batch = SYSTEMS[name](), 8_000
+    recipe, batch = SYSTEMS[name](), 5_000
     g = torch.Generator().manual_seed(0)
     x = recipe.simulate(normal(g, batch, recipe.dim), burn, round(burn / size), g)[:, 0]
     for power, target in zip((1, 2), _moments(quartic, -6.0, 6.0), strict=True):
@@ -223,13 +223,13 @@ def test_simulation_settles_in_the_law(name, size, burn):
 def test_dropping_the_correction_is_seen_in_simulation():
     recipe = sgrld()
     g = torch.Generator().manual_seed(2)
-    z = normal(g, 8_000, 1)
+    z = normal(g, 5_000, 1)
     for _ in range(200):
         d = metric(z)
         z = z - 0.04 * d * slope(z) + (2 * 0.04 * d).sqrt() * torch.empty_like(z).normal_(generator=g)
-    right = recipe.simulate(normal(g, 8_000, 1), 8.0, 200, g).square()
+    right = recipe.simulate(normal(g, 5_000, 1), 8.0, 200, g).square()
     target = _moments(quartic, -6.0, 6.0)[1]
-    allowed = 4 * float(right.std()) / math.sqrt(8_000) + 0.02
+    allowed = 4 * float(right.std()) / math.sqrt(5_000) + 0.02
     assert abs(float(right.mean()) - target) < allowed
     assert abs(float(z.square().mean()) - target) > 2 * allowed
 

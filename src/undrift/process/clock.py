@@ -218,10 +218,11 @@ class CallableClock(Clock):
                 )
 
     def _derivative(self, t: Tensor) -> Tensor:
+        keep = torch.is_grad_enabled() and self.clock(t).requires_grad  # through t, or a parameter of the function
         with torch.enable_grad():
-            leaf = t.detach().requires_grad_(True)
-            (grad,) = torch.autograd.grad(self.clock(leaf).sum(), leaf, create_graph=True)
-        return grad if torch.is_grad_enabled() else grad.detach()
+            leaf = t if t.requires_grad else t.detach().requires_grad_(True)
+            (rate,) = torch.autograd.grad(self.clock(leaf).sum(), leaf, create_graph=keep)
+        return rate if keep else rate.detach()
 
     def beta(self, t: Tensor) -> Tensor:
         return self._derivative(t) if self.rate is None else self.rate(t)

@@ -192,7 +192,7 @@ class LinearProcess(ABC):
         """
         time = self._per_sample(z, t)
         snr, row = self._weights(time)
-        return mix(row.unsqueeze(-2), z).squeeze(1), snr.rsqrt()
+        return mix(row.unsqueeze(-2), z).squeeze(1), snr.rsqrt().expand(z.shape[0])
 
     def _per_sample(self, z: Tensor, t: object) -> Tensor:
         if z.ndim < 2 or z.shape[1] != self.channels:
@@ -202,10 +202,11 @@ class LinearProcess(ABC):
         return self._batch_time(z.shape[0], t)
 
     def _batch_time(self, batch: int, t: object) -> Tensor:
+        """Times (batch,), or (1,) where all samples share one: its coefficients are then computed once."""
         time = self._time(t)
         if time.ndim > 1 or (time.ndim == 1 and time.shape[0] not in (1, batch)):
             raise ValueError(f"t must be one time or one per sample ({batch},), got shape {tuple(time.shape)}.")
-        return time.expand(batch)
+        return time.reshape(-1)
 
     def prior(self, t: object | None = None) -> Tensor:
         """Lower root (K, K) of the law N(0, S) that sampling starts from at time ``t`` (default T).
