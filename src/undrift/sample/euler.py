@@ -78,8 +78,8 @@ class Heun(TableSampler):
     scale, and for K > 1 the same in all channels. Before a step, churn moves the state forward, exactly, to the time
     where sigma is (1 + gamma) as large, :math:`\gamma = \min(\text{churn}/\text{steps}, \sqrt 2 - 1)`.
 
-    It is explicit in the process's time: with auxiliaries, whose noise is fast near t = 0, few steps are unstable; there
-    use :class:`Exponential`.
+    It is explicit in the process's time: with auxiliaries, which are fast near t = 0, few steps are unstable; there use
+    :class:`Exponential`.
 
     Args:
         steps, grid, final: see :class:`TableSampler`; calls = 2 steps - 1 with a final call.
