@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from undrift._linalg import Flow, linear_flow, psd_sqrt
+from undrift._linalg import Flow, linear_flow, psd_sqrt, sqrt_sum
 from undrift.process.linear import LinearProcess
 from undrift.sample.plan import Nodes, Row, TableSampler
 
@@ -194,11 +194,11 @@ class Ancestral(TableSampler):
         k = process.channels
         step, noise = process.transition(times[1:], times[:-1])
         phi, root = process.marginal(times)
-        # [noise' 0; root_s' step' root_s'] = Q R: R11'R11 = S_t, R12'R11 = S_s step', R22'R22 the posterior covariance.
-        top = torch.cat([noise.mT, torch.zeros_like(noise)], -1)
-        bottom = torch.cat([(step @ root[1:]).mT, root[1:].mT], -1)
-        r = torch.linalg.qr(torch.cat([top, bottom], -2), mode="r").R
-        gain = torch.linalg.solve_triangular(r[:, :k, :k], r[:, :k, k:], upper=True).mT
-        spread = r[:, k:, k:].mT
+        # Root of the joint law of (z_t, z_s), made lower triangular: its blocks hold S_t, the gain and the posterior.
+        joint = sqrt_sum(
+            torch.cat([torch.cat([step @ root[1:], noise], -1), torch.cat([root[1:], torch.zeros_like(noise)], -1)], -2)
+        )
+        gain = torch.linalg.solve_triangular(joint[:, :k, :k], joint[:, k:, :k], upper=False, left=False)
+        spread = joint[:, k:, k:]
         b = phi[1:] - gain @ phi[:-1]
         return [Row(times[i], [gain[i]], [b[i]], spread[i], float(times[i + 1])) for i in range(len(times) - 1)]
