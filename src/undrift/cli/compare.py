@@ -148,25 +148,34 @@ def compare_into(
     best = []
     for _, group in itertools.groupby(zip(work, rows, strict=True), key=lambda pair: pair[1]["process"]):
         best.append(min(group, key=lambda pair: pair[1]["distance"]))
-    remarks = []
+    copies: list[list[str]] = []
     for cell, row in best:
         diffusion = Diffusion(cell.process, denoiser)
         x = sample(diffusion, max(size, 64), checkpoint.event, cell.plan, seed, batch=batch)
         assert isinstance(x, torch.Tensor)
         keep_samples(out, f"samples-{_file_name(row['process'])}", x, diffusion, cell.sampler, checkpoint.range, seed)
         if holdout is not None:
-            sentence = memorisation(x, data, holdout)[0]
-            remarks.append(f"Memorisation, {row['process']}, {row['sampler']}, {row['calls']} calls: {sentence}")
+            near = memorisation(x, data, holdout)
+            numbers = (f"{float(near.samples.median()):.3g}", f"{near.ratio:.3f}", f"{near.copied:.1%}")
+            copies.append([row["process"], row["sampler"], str(row["calls"]), *numbers])
     how = f"{repeats} sets of {size} samples a cell, mean and standard error."
     if judge.size == size:
         how += f" The floor is the distance of the {size} held-out points, a set of the same size."
-    about = {"measure": judge.measure, "floor": judge.floor, "caption": f"{judge.caption} {how}", "remarks": remarks}
+    about = {
+        "measure": judge.measure,
+        "floor": judge.floor,
+        "caption": f"{judge.caption} {how}",
+        "memorisation": copies,
+    }
     write_json(out / "comparison.json", about)
     print()
     print(f"{judge.caption}\n{how}\n")
     print(text_table(*table(rows)))
     if judge.floor is not None:
         print(f"held-out data: {judge.floor:.4g}")
-    print()
-    print("\n".join(remarks))
+    if copies:
+        print(
+            "\nmemorisation check: distance to the nearest training point, and its ratio to that of held-out points\n"
+        )
+        print(text_table(["process", "sampler", "calls", "distance", "ratio", "copied"], copies))
     return rows

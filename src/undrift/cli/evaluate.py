@@ -33,6 +33,7 @@ class EvaluateRun:
         run: folder or checkpoint of the model, needed for the likelihood.
         process: for the likelihood, as in undrift sample.
         likelihood: number of held-out points whose likelihood is computed; 0 for none.
+        rtol: relative and absolute tolerance of the likelihood's ODE solver.
         points: at most so many points enter the measures whose cost grows with its square or cube.
         seed: of random directions and of the feature network's training.
         out: folder of the result; null for the folder of the samples.
@@ -45,6 +46,7 @@ class EvaluateRun:
     run: str | None = None
     process: LinearProcess | None = None
     likelihood: int = 0
+    rtol: float = 1e-4
     points: int = 1000
     seed: int = 0
     out: str | None = None
@@ -53,6 +55,8 @@ class EvaluateRun:
     def __post_init__(self) -> None:
         if self.likelihood < 0:
             raise ConfigError(f"likelihood: expected 0 or more points, got {self.likelihood}.")
+        if not self.rtol > 0:
+            raise ConfigError(f"rtol: expected a positive number, got {self.rtol}.")
         if self.points < 2:
             raise ConfigError(f"points: expected at least 2, got {self.points}.")
         if self.likelihood and self.run is None:
@@ -126,7 +130,8 @@ class EvaluateRun:
                 }
             )
         if holdout is not None:
-            _, near, floor = memorisation(x, data, holdout)
+            found = memorisation(x, data, holdout)
+            near, floor = float(found.samples.median()), float(found.held_out.median())
             rows.append(
                 {"name": "median distance to the nearest training point", "value": _text(near), "floor": _text(floor)}
             )
@@ -134,7 +139,7 @@ class EvaluateRun:
 
     def _likelihood(self, diffusion: Diffusion | NoiseDiffusion, data: Dataset) -> tuple[dict[str, Any], str]:
         x = data.x[: self.likelihood]
-        result = log_likelihood(diffusion, x, seed=self.seed)
+        result = log_likelihood(diffusion, x, rtol=self.rtol, atol=self.rtol, seed=self.seed)
         bits = result.bits_per_dim(bins=1)
         error = float(bits.std() / len(x) ** 0.5) if len(x) > 1 else None
         kind = "a lower bound on the likelihood" if diffusion.process.channels > 1 else "the model's density"

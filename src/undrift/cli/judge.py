@@ -10,7 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from undrift.config import ConfigError
-from undrift.measure import extract, frechet_distance, nearest_neighbours, sliced_wasserstein, train_features
+from undrift.measure import (
+    Neighbours,
+    extract,
+    frechet_distance,
+    nearest_neighbours,
+    sliced_wasserstein,
+    train_features,
+)
 from undrift.report.plots import is_image
 from undrift.train import Dataset
 
@@ -76,13 +83,6 @@ class Judge:
         return cls(measure, caption, distance, floor, None if holdout is None else len(holdout), identity)
 
 
-def memorisation(x: Tensor, data: Dataset, holdout: Dataset) -> tuple[str, float, float]:
-    """Whether samples are copies: a sentence, and the median distances to the data of samples and of held-out points."""
-    near = nearest_neighbours(x, data.x, holdout.x)
-    mine, floor = float(near.samples.median()), float(near.held_out.median())
-    sentence = (
-        f"median distance to the nearest training point {mine:.3g}, of held-out points {floor:.3g} "
-        f"(ratio {near.ratio:.2f}); "
-        f"{near.copied:.1%} of the samples lie nearer to one than 99% of held-out points do (new data: 1%)."
-    )
-    return sentence, mine, floor
+def memorisation(x: Tensor, data: Dataset, holdout: Dataset) -> Neighbours:
+    """Distances of samples and of held-out points to the nearest training point: are the samples copies?"""
+    return nearest_neighbours(x, data.x, holdout.x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ class SampleRun:
         checkpoint = open_checkpoint(self.run)
         diffusion = diffusion_of(checkpoint, self.process)
         check_applies(self.sampler, diffusion.process)
-        condition = draw_classes(checkpoint, self.y, self.n)
+        condition: dict[str, Any] = draw_classes(checkpoint, self.y, self.n)
         name = f"sample-{type(diffusion.process).__name__}-{type(self.sampler).__name__}"
         out = checkpoint.path.parent / name if self.out is None else Path(self.out)
         begin(self, out, ("samples.npz", "samples.png", "metrics.jsonl", "report.html"), self.overwrite)

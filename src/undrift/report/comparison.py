@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -31,20 +32,19 @@ __all__ = ["Cell", "at_calls", "cells", "compare", "label", "number", "table", "
 
 
 def label(obj: Any) -> str:
-    """Name of a process or sampler with the settings that differ from its defaults; never ``steps``."""
+    """Name of a process or sampler with its order and the settings that differ from its defaults; never the steps."""
     plain = describe(obj)
-    if not isinstance(plain, dict):
+    if not (isinstance(plain, dict) and "type" in plain):
         return str(plain)
+    defaults = {key: default for key, (_, default) in schema(type(obj)).items()}  # type: ignore[arg-type]
     given = []
-    for key, (_, default) in schema(type(obj)).items():
-        value = getattr(obj, key)
-        if key != "steps" and describe(value) != (None if default is None else _plain(default)):
-            given.append(f"{key}={label(value)}")
-    return type(obj).__name__ + (f"({', '.join(given)})" if given else "")
-
-
-def _plain(default: Any) -> Any:
-    return object() if default is dataclasses.MISSING or isinstance(default, type) else describe(default)
+    for key, value in plain.items():
+        if key in ("type", "steps"):
+            continue
+        required = defaults[key] is inspect.Parameter.empty
+        if key == "order" or required or value != describe(defaults[key]):
+            given.append(f"{key}={label(getattr(obj, key))}")
+    return plain["type"] + (f"({', '.join(given)})" if given else "")
 
 
 def at_calls(sampler: Sampler, process: LinearProcess, calls: int) -> tuple[TableSampler, Plan]:

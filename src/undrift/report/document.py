@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from undrift.config import ConfigError, build
-from undrift.denoise import NetworkDenoiser
+from undrift.denoise import Denoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import LinearProcess
 from undrift.report.comparison import label, table
@@ -145,8 +145,16 @@ def _comparison(page: Page, rows: Sequence[Mapping[str, Any]], about: Mapping[st
                 marks.append((min(pairs)[1], c))
     note = "" if floor is None else f" Held-out data: {floor:.3g}."
     page.table(head, lines, f"{measure}; mean ± standard error; the best of each process stands out.{note}", 2, marks)
-    for line in about.get("remarks", []):
-        page.text(line)
+    if about.get("memorisation"):
+        page.heading("Memorisation check")
+        page.table(
+            ["process", "sampler", "calls", "to the nearest training point", "ratio to held-out points", "copied"],
+            about["memorisation"],
+            "Median distance of samples to the nearest training point, its ratio to that of held-out points (near 1 for "
+            "new data, near 0 for copies), and the share of samples nearer than 99% of held-out points are (1% for new "
+            "data); for the best sampler of each process.",
+            2,
+        )
 
 
 def _samples(page: Page, place: Path) -> None:
@@ -154,19 +162,16 @@ def _samples(page: Page, place: Path) -> None:
     if not files:
         return
     page.section("Samples")
+    pictures = []
     for file in files:
         x, settings = read_npz(file)
         title = " · ".join(str(settings[k]) for k in ("process_name", "sampler_name") if k in settings) or file.stem
-        page.heading(title)
-        shown = min(len(x), 64)
-        image = is_image(x.shape[1:])
+        shown = min(len(x), 64) if is_image(x.shape[1:]) else len(x)
         calls = f", {settings['calls']} calls" if "calls" in settings else ""
-        page.picture(
-            samples_figure(x, settings.get("low", -1.0), settings.get("high", 1.0)),
-            f"{shown if image else len(x)} samples: {title}",
-            f"{shown if image else len(x)} of {len(x)} samples{calls}, not selected; seed {settings.get('seed', '?')}.",
-            pixels=image,
-        )
+        png_file = samples_figure(x, settings.get("low", -1.0), settings.get("high", 1.0))
+        caption = f"{title}{calls}. The first {shown} of {len(x)} samples, seed {settings.get('seed', 'unknown')}."
+        pictures.append((png_file, f"{shown} samples, {title}{calls}", caption))
+    page.gallery(pictures)
 
 
 def _kernels(page: Page, processes: Sequence[LinearProcess]) -> None:
@@ -204,7 +209,7 @@ def _walks(page: Page, model: Any, processes: Sequence[LinearProcess], noted: Ma
         )
 
 
-def _denoiser(model: Any) -> NetworkDenoiser:
+def _denoiser(model: Any) -> Denoiser:
     return model.denoiser if isinstance(model, Diffusion) else model
 
 

@@ -28,7 +28,8 @@ a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 figure { margin: 1rem 0 1.6rem; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; }
-figure img.pixels { image-rendering: pixelated; width: 26rem; padding: 0; }
+figure img.pixels { image-rendering: pixelated; width: 100%; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 0 1.4rem; }
 figcaption { color: var(--soft); font-size: .92rem; margin-top: .45rem; max-width: 46rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; margin: .8rem 0; }
@@ -44,6 +45,14 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6p
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 """
+
+
+def _figure(png: bytes, alt: str, caption: str, style: str) -> str:
+    data = base64.b64encode(png).decode()
+    return (
+        f'<figure><img{style} alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 class Page:
@@ -72,14 +81,13 @@ class Page:
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
         self._add("<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts) + "</dl>")
 
-    def picture(self, png: bytes, alt: str, caption: str, pixels: bool = False) -> None:
+    def picture(self, png: bytes, alt: str, caption: str) -> None:
         """A picture with the text that stands for it where it cannot be seen."""
-        data = base64.b64encode(png).decode()
-        style = ' class="pixels"' if pixels else ""
-        self._add(
-            f'<figure><img{style} alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+        self._add(_figure(png, alt, caption, ""))
+
+    def gallery(self, pictures: Sequence[tuple[bytes, str, str]]) -> None:
+        """Pictures made of few pixels, side by side: (png, alt, caption) of each."""
+        self._add(f'<div class="gallery">{"".join(_figure(*p, " class=pixels") for p in pictures)}</div>')
 
     def table(
         self,

@@ -147,8 +147,7 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]], measure: str, floor: fl
         _call_axis(ax, sorted({r["budget"] for r in rows}))
     for ax in axes.flat[len(processes) :]:
         ax.set_axis_off()
-    for ax in axes[:, 0]:
-        ax.set_ylabel(measure, fontsize=8)
+    figure.supylabel(measure, fontsize=8)
     for c in range(columns):  # the lowest panel of each column carries the axis
         used = [axes[r, c] for r in range(lines) if r * columns + c < len(processes)]
         used[-1].set_xlabel("network calls per sample", fontsize=8)
