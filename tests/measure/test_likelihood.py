@@ -182,11 +182,11 @@ def test_noise_network_has_the_divergence_of_its_flow():
 def test_hutchinson_is_unbiased_and_knows_its_error():
     """Full covariances, so that probes disagree: each of 4 points within 4 of its own standard errors."""
     diffusion, x = Diffusion(VP(), mixture()), 0.8 * normal(4, 2, seed=5)
-    exact = log_likelihood(diffusion, x, trace="exact").log_likelihood
-    probed = log_likelihood(diffusion, x, trace="hutchinson", probes=100, seed=6)
+    exact = log_likelihood(diffusion, x, trace="exact", rtol=1e-5, atol=1e-5).log_likelihood
+    probed = log_likelihood(diffusion, x, trace="hutchinson", probes=64, seed=6, rtol=1e-5, atol=1e-5)
     assert bool((probed.std_error > 1e-4).all())
-    assert bool(((probed.log_likelihood - exact).abs() < 4 * probed.std_error + 1e-5).all())
-    again = log_likelihood(diffusion, x, trace="hutchinson", probes=100, seed=6)
+    assert bool(((probed.log_likelihood - exact).abs() < 4 * probed.std_error + 1e-4).all())
+    again = log_likelihood(diffusion, x, trace="hutchinson", probes=64, seed=6, rtol=1e-5, atol=1e-5)
     assert torch.equal(again.log_likelihood, probed.log_likelihood)
 
 

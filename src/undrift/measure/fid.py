@@ -58,8 +58,8 @@ def extract(network: FeatureNetwork, images: Tensor, batch: int = 256) -> Tensor
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     r"""Squared Fréchet distance between Gaussians fitted to two sets of features, which is what FID reports.
 
-    With any roots, :math:`C = R^\top R`, the last trace is the sum of the singular values of :math:`R_a R_b^\top`, and R
-    is the QR factor of the centred features: no covariance is formed and no matrix root taken, so there is no complex
+    With any roots, :math:`C = R^\top R`, the last trace is the sum of the singular values of :math:`R_a R_b^\top`, and
+    R is the QR factor of the centred features: no covariance is formed and no matrix root taken, so there is no complex
     residue and no jitter, and singular covariances cost no accuracy.
 
     Args:

@@ -12,6 +12,10 @@ the last term has Jacobian :math:`(GG^\top S^{-1} m)(m^\top S^{-1} / snr) \otime
 
 .. math:: \nabla\cdot\frac{dz}{dt} = d\,tr X + \tfrac12 \frac{snr'}{snr}\, tr J_D(\tilde x).
 
+In the code :math:`S^{-1} = P + S^{-1} m m^\top S^{-1} / snr` is split into the part that reads :math:`\tilde x` and the
+rest, :math:`P m = 0`. P is bounded as t -> 0, and the other part multiplies :math:`D(\tilde x) - \tilde x`: nothing
+cancels.
+
 The trace to compute is that of a d x d matrix, whatever K. A network on all K channels has no such structure, and its
 trace runs over K d coordinates.
 
@@ -42,7 +46,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from undrift._linalg import psd_sqrt
+from undrift._linalg import Interpolant, psd_sqrt, sqrt_sum
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import mix
 
@@ -113,7 +117,10 @@ def _trace(output: Tensor, x: Tensor, direction: Callable[[Tensor], Tensor], pro
 
 
 class _Field:
-    """Velocity of the flow and its divergence; the state is float64, the network sees ``dtype``."""
+    """Velocity of the flow in log t, and its divergence; the state is float64, the model sees ``dtype``.
+
+    What depends on time alone is tabulated once, from ``low`` to ``high``.
+    """
 
     def __init__(
         self,
@@ -121,38 +128,63 @@ class _Field:
         dtype: torch.dtype,
         probes: Tensor | None,
         condition: dict[str, Any],
+        low: float,
+        high: float,
     ) -> None:
         self.diffusion, self.dtype, self.probes, self.condition = diffusion, dtype, probes, condition
         self.calls = 0
+        table = self._of_denoiser if isinstance(diffusion, Diffusion) else self._of_network
+        with torch.no_grad():
+            self._table = Interpolant(lambda log_t: table(log_t.exp()), math.log(low), math.log(high))
 
-    def __call__(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, z: Tensor, log_t: float) -> tuple[Tensor, Tensor]:
         self.calls += 1
-        return self._denoiser(z, t) if isinstance(self.diffusion, Diffusion) else self._network(z, t)
+        row = self._table(log_t).to(z.device)
+        if isinstance(self.diffusion, Diffusion):
+            return self._denoiser(self.diffusion, z, row)
+        return self._network(self.diffusion, z, row, log_t)
 
-    def _denoiser(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_denoiser(self, t: Tensor) -> Tensor:
         process = self.diffusion.process
+        k, d = process.channels, process.diffusion(t)
         mean, root = process.kernel(t)
-        noise = process.diffusion(t)
-        weighted = torch.cholesky_solve(torch.cat([mean.unsqueeze(-1), noise], -1), root)  # S^-1 m and S^-1 GG'
-        lever, x_matrix = weighted[:, 0], process.drift(t) + 0.5 * weighted[:, 1:].mT
-        snr = mean @ lever
-        shown = mix((lever / snr).unsqueeze(0), z).squeeze(1).to(self.dtype)
+        snr, read = process._weights(t)
+        free = process.drift(t)
+        if k > 1:  # P = M (M'SM)^-1 M' with M'm = 0: bounded as t -> 0, where S^-1 is not
+            eye = torch.eye(k - 1, dtype=t.dtype, device=t.device).expand(*t.shape, k - 1, k - 1)
+            m = torch.cat([-mean[..., None, 1:] / mean[..., :1, None], eye], -2)
+            w = torch.linalg.solve_triangular(sqrt_sum(m.mT @ root), m.mT, upper=False)
+            free = free + 0.5 * d @ w.mT @ w
+        pull = (d @ read.unsqueeze(-1)).squeeze(-1)
+        rate = snr * (read * pull).sum(-1)
+        columns = [(t[:, None, None] * free).flatten(1), -0.5 * (t * snr.sqrt()).unsqueeze(-1) * pull, read]
+        return torch.cat([*columns, torch.stack([-0.5 * snr.log(), 0.5 * t * rate], -1)], -1)
+
+    def _denoiser(self, diffusion: Diffusion, z: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        k, n = z.shape[1], z[0, 0].numel()
+        free, pull, read, log_sigma, half_rate = row.split([k * k, k, k, 1, 1])
+        shown = mix(read.reshape(1, 1, k), z).squeeze(1).to(self.dtype)
+        sigma = log_sigma.exp()
         with torch.enable_grad():
             shown.requires_grad_()
-            sigma = snr.rsqrt().to(shown).expand(z.shape[0])
-            x0 = self.diffusion.denoiser(shown, sigma, **self.condition)  # type: ignore[union-attr]
+            x0 = diffusion.denoiser(shown, sigma.to(shown).expand(z.shape[0]), **self.condition)
             trace = _trace(x0, shown, lambda v: v, self.probes)
-        pull = noise @ lever
-        joint = torch.cat([x_matrix, -0.5 * pull.unsqueeze(-1)], -1)
-        velocity = mix(joint, torch.cat([z, x0.detach().to(z).unsqueeze(1)], 1))
-        return velocity, z[0, 0].numel() * x_matrix.diagonal().sum() - 0.5 * (lever @ pull) / snr * trace
+        gap = (x0 - shown).detach().to(z) / sigma
+        free = free.reshape(k, k)
+        velocity = mix(torch.cat([free, pull.unsqueeze(-1)], -1), torch.cat([z, gap.unsqueeze(1)], 1))
+        return velocity, n * free.diagonal().sum() - half_rate * (trace - n)
 
-    def _network(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_network(self, t: Tensor) -> Tensor:
         process = self.diffusion.process
-        drift, noise = process.drift(t), process.diffusion(t)
+        both = torch.stack([process.drift(t), process.diffusion(t)], 1)
+        return (t[:, None, None, None] * both).flatten(1)
+
+    def _network(self, diffusion: NoiseDiffusion, z: Tensor, row: Tensor, log_t: float) -> tuple[Tensor, Tensor]:
+        drift, noise = row.reshape(2, z.shape[1], z.shape[1])
+        t = min(math.exp(log_t), diffusion.process.horizon)
         with torch.enable_grad():
             state = z.to(self.dtype).requires_grad_()
-            score = self.diffusion.score(state, t, **self.condition)
+            score = diffusion.score(state, t, **self.condition)
             trace = _trace(score, state, lambda v: mix(noise, v), self.probes)
         velocity = mix(drift, z) - 0.5 * mix(noise, score.detach().to(z))
         return velocity, z[0, 0].numel() * drift.diagonal().sum() - 0.5 * trace
@@ -220,14 +252,15 @@ def transport(
     diffusion.process._per_sample(z, end)
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(z.device).manual_seed(seed)
     directions = _probes(diffusion, z, trace, probes, generator)
-    field = _Field(diffusion, z.dtype, directions, condition)
+    low = 0.5 * t_min if start == 0 else min(start, end)
+    field = _Field(diffusion, z.dtype, directions, condition, low, max(start, end))
     state: Tensor = z.double()
     divergence: Tensor | float = 0.0
     with torch.no_grad():
         if start == 0:
-            middle = torch.tensor(0.5 * t_min, dtype=torch.float64, device=z.device)
-            velocity, rate = field(state + 0.5 * t_min * field(state, middle)[0], middle)
-            state, divergence, start = state + t_min * velocity, t_min * rate, t_min
+            middle = math.log(0.5 * t_min)  # where dt = (t_min / 2) d log t
+            velocity, rate = field(state + field(state, middle)[0], middle)
+            state, divergence, start = state + 2 * velocity, 2 * rate, t_min
         state, rest = _solve(field, state, start, end, rtol, atol, progress)
     return Transport(state, divergence + rest, field.calls)
 
@@ -238,19 +271,22 @@ def _solve(
     columns = 1 if field.probes is None else len(field.probes)
     gathered = torch.zeros(z.shape[0], columns, dtype=z.dtype, device=z.device)
     span = torch.tensor([start, end], dtype=torch.float64, device=z.device).log()
-    reached = start
+    reached, low, high = start, float(span.min()), float(span.max())
     with tqdm(total=1.0, disable=not progress, desc="likelihood", bar_format="{l_bar}{bar}| {elapsed}") as bar:
 
         def velocity(log_t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             nonlocal reached
-            t = log_t.exp().clamp(max=field.diffusion.process.horizon)
-            reached = float(t)
-            bar.update(max(0.0, float((log_t - span[0]) / (span[1] - span[0])) - bar.n))
-            dz, div = field(state[0], t)
-            return t * dz, t * div
+            at = min(max(float(log_t), low), high)  # the solver's first guess of a step may reach beyond the end
+            reached = math.exp(at)
+            bar.update(max(0.0, (at - float(span[0])) / float(span[1] - span[0]) - bar.n))
+            return field(state[0], at)
 
         try:
-            states, integrals = odeint(velocity, (z, gathered), span, rtol=rtol, atol=atol, method="dopri5")
+            # step_t makes the solver step onto the end, not past it, where the table has nothing.
+            options = {"step_t": span[1:]}
+            states, integrals = odeint(
+                velocity, (z, gathered), span, rtol=rtol, atol=atol, method="dopri5", options=options
+            )
         except AssertionError as error:  # how torchdiffeq reports underflow of dt and non-finite states
             raise RuntimeError(
                 f"the probability-flow ODE could not be solved past t = {reached:.3g} with rtol = {rtol:g} and "
