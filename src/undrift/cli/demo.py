@@ -76,7 +76,7 @@ class DemoRun:
             flush=True,
         )
         checkpoint = open_checkpoint(str(out))
-        n, repeats = (80, 2) if self.fast else (None, 2)
+        n, repeats = (80, 2) if self.fast else (None, 4)
         compare_into(out, checkpoint, work, refused, judge, data, holdout, n, repeats, self.seed, 600)
         diffusion, sampler = Diffusion(PSLD(), checkpoint.denoiser), Exponential(steps=10 if self.fast else 40)
         x = sample(diffusion, 64, data.event, sampler, self.seed)
@@ -113,4 +113,4 @@ class DemoRun:
         return [EulerMaruyama(), Ancestral(), SSCS(), Exponential(order=1), Exponential(order=2)]
 
     def calls(self) -> list[int]:
-        return [3, 5] if self.fast else [5, 10, 20, 40]
+        return [2, 4] if self.fast else [5, 10, 20]

@@ -150,9 +150,9 @@ def _comparison(page: Page, rows: Sequence[Mapping[str, Any]], about: Mapping[st
         page.table(
             ["process", "sampler", "calls", "to the nearest training point", "ratio to held-out points", "copied"],
             about["memorisation"],
-            "Median distance of samples to the nearest training point, its ratio to that of held-out points (near 1 for "
-            "new data, near 0 for copies), and the share of samples nearer than 99% of held-out points are (1% for new "
-            "data); for the best sampler of each process.",
+            "Median distance of samples to the nearest training point, its ratio to that of held-out points (near 1 "
+            "for new data, near 0 for copies), and the share of samples nearer than 99% of held-out points are (1% for "
+            "new data); for the best sampler of each process.",
             2,
         )
 

@@ -226,30 +226,47 @@ def samples_figure(x: Tensor, low: float = -1.0, high: float = 1.0, most: int = 
 def walk_figure(
     walk: Trajectory, process: LinearProcess, low: float = -1.0, high: float = 1.0, most: int = 9
 ) -> Figure:
-    """A few states of one walk: a column for each time, a row for each channel, from noise to data."""
-    states = walk.states[:, 0].cpu()
-    pick = torch.linspace(0, len(states) - 1, min(most, len(states))).round().long()
-    k = states.shape[1]
-    figure, axes = _figure(1.0 * len(pick) + 0.8, 1.0 * k + 0.5, k, len(pick))
-    times = walk.times[pick].clamp(max=process.horizon)
-    sigma = process.sigma(times)
+    """A few states of a walk: a column for each time, a row for each channel, from noise to data.
+
+    Images show the first walk; points the cloud of all walks, in the plane of their first and last coordinate.
+    """
+    pick = torch.linspace(0, len(walk.states) - 1, min(most, len(walk.states))).round().long()
+    k = process.channels
+    sigma = process.sigma(walk.times[pick].clamp(max=process.horizon)).tolist()
+    titles = [f"σ = {level:.3g}" if level > 0 else "sample" for level in sigma]
+    names = ["data", *[f"auxiliary {i}" for i in range(1, k)]]
+    if is_image(walk.states.shape[3:]):
+        return _strip(walk.states[pick, 0].cpu(), titles, names, low, high)
+    figure, axes = _figure(1.0 * len(pick) + 0.8, 1.0 * k + 0.5, k, len(pick), sharex="row", sharey="row")
     for channel in range(k):
         for column, index in enumerate(pick.tolist()):
-            ax, z = axes[channel, column], states[index, channel]
-            ax.grid(False)
-            if is_image(z.shape):
-                ax.imshow(_picture(z, *_range(states[index], channel, low, high)), interpolation="nearest")
-            else:
-                cloud = walk.states[index, :, channel].flatten(1).cpu()
-                ax.scatter(cloud[:, 0], cloud[:, -1], s=2, color=PALETTE[channel % len(PALETTE)], linewidths=0)
+            ax, cloud = axes[channel, column], walk.states[index, :, channel].flatten(1).cpu()
+            ax.scatter(cloud[:, 0], cloud[:, -1], s=2, color=PALETTE[channel % len(PALETTE)], linewidths=0)
             ax.set_xticks([])
             ax.set_yticks([])
-            ax.spines[:].set_visible(False)
-            if channel == 0:
-                level = float(sigma[column])
-                ax.set_title(f"σ = {level:.3g}" if level > 0 else "sample", fontsize=7)
-            if column == 0:
-                ax.set_ylabel("data" if channel == 0 else f"auxiliary {channel}", fontsize=7)
+        axes[channel, 0].set_ylabel(names[channel], fontsize=7)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=7)
+    return figure
+
+
+def _strip(states: Tensor, titles: Sequence[str], names: Sequence[str], low: float, high: float) -> Figure:
+    """States (S, K, C, H, W) of one walk as one picture, a column for each state and a row for each channel."""
+    count, k, _, height, width = states.shape
+    down, right = height + 1, width + 1
+    canvas = np.full((k * down - 1, count * right - 1, 3), 255, np.uint8)
+    for column, state in enumerate(states):
+        for row, z in enumerate(state):
+            shown = _picture(z, *_range(state, row, low, high))
+            canvas[row * down : row * down + height, column * right : column * right + width] = shown
+    figure, axes = _figure(0.95 * count + 0.8, 0.95 * k + 0.4)
+    ax = axes[0, 0]
+    ax.imshow(canvas, interpolation="nearest")
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
+    ax.set_xticks([i * right + (width - 1) / 2 for i in range(count)], titles)
+    ax.set_yticks([i * down + (height - 1) / 2 for i in range(k)], names)
     return figure
 
 
