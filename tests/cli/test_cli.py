@@ -302,6 +302,12 @@ def test_wrong_input_is_named_and_exits_with_status_2(case, run_folder, tmp_path
     assert {f: f.stat().st_mtime_ns for f in run_folder.rglob("*")} == before, "nothing was touched"
 
 
+def test_the_required_first_key_may_stand_alone(run_folder):
+    short, long = (parse(COMMANDS["sample"], words)[0] for words in (["x", "--n", "3"], ["--run", "x", "--n", "3"]))
+    assert describe(short) == describe(long)
+    assert main(["report", str(run_folder)]) == 0
+
+
 def test_settings_that_contradict_are_refused():
     with pytest.raises(ConfigError, match="either resume or overwrite"):
         TrainRun(resume=True, overwrite=True)

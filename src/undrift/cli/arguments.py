@@ -30,7 +30,7 @@ def parse(command: type, argv: Sequence[str]) -> tuple[Any, bool]:
     Args:
         command: its dataclass.
         argv: ``--config FILE``, ``--print-config``, and ``--key value`` or ``--key=value``; a key that is true or
-            false may stand alone.
+            false may stand alone, and so may the value of the first key of a command that requires it.
 
     Raises:
         ConfigError: naming the flag or the place in the file, and what is allowed there.
@@ -39,6 +39,9 @@ def parse(command: type, argv: Sequence[str]) -> tuple[Any, bool]:
     flags: list[tuple[str, str]] = []
     print_config = False
     tokens = list(argv)
+    first, (_, default) = next(iter(schema(command).items()))
+    if tokens and not tokens[0].startswith("-") and default is _NONE:
+        flags.append((first, tokens.pop(0)))
     while tokens:
         token = tokens.pop(0)
         if not token.startswith("--") or token == "--":
@@ -120,7 +123,9 @@ def to_yaml(run: Any) -> str:
 def help_text(name: str, command: type) -> str:
     """Keys of a command, with types, defaults and allowed names, from its schema and its docstring."""
     summary, documented = _docstring(command)
-    lines = [summary, "", f"usage: undrift {name} [--config FILE] [--key value ...] [--print-config]", ""]
+    first, (_, required) = next(iter(schema(command).items()))
+    word = f" {first.upper()}" if required is _NONE else ""
+    lines = [summary, "", f"usage: undrift {name}{word} [--config FILE] [--key value ...] [--print-config]", ""]
     seen: dict[str, type] = {}
     for key, (annotation, default) in schema(command).items():
         lines.append(f"  --{key}  {_show(annotation)}; {_default(default)}")
@@ -154,11 +159,9 @@ def _brief(value: Any) -> str:
         return str(plain)
     if isinstance(plain, list):
         return f"[{', '.join(_brief(v) for v in plain)}]"
-    return (
-        {None: "null", True: "true", False: "false"}.get(plain, str(plain))
-        if not isinstance(plain, (int, float)) or (isinstance(plain, bool))
-        else str(plain)
-    )
+    if plain is None or isinstance(plain, bool):
+        return {None: "null", True: "true", False: "false"}[plain]
+    return str(plain)
 
 
 def _collect(annotation: Any, seen: dict[str, type]) -> None:

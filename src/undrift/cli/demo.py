@@ -76,7 +76,7 @@ class DemoRun:
             flush=True,
         )
         checkpoint = open_checkpoint(str(out))
-        n, repeats = (80, 2) if self.fast else (None, 4)
+        n, repeats = (80, 2) if self.fast else (None, 3)
         compare_into(out, checkpoint, work, refused, judge, data, holdout, n, repeats, self.seed, 600)
         diffusion, sampler = Diffusion(PSLD(), checkpoint.denoiser), Exponential(steps=10 if self.fast else 40)
         x = sample(diffusion, 64, data.event, sampler, self.seed)
@@ -95,7 +95,7 @@ class DemoRun:
         else:
             network = UNet(1, 8, width=32)
             config = TrainConfig(
-                steps=1600,
+                steps=1200,
                 batch=128,
                 lr=2e-3,
                 warmup=100,

@@ -19,6 +19,7 @@ from undrift.report.plots import (
     comparison_figure,
     is_image,
     kernel_figure,
+    out_of_frame,
     png,
     samples_figure,
     training_figure,
@@ -127,6 +128,8 @@ def _comparison(page: Page, rows: Sequence[Mapping[str, Any]], about: Mapping[st
         )
     figure = comparison_figure(rows, measure, floor)
     caption = f"{measure[:1].upper()}{measure[1:]} against network calls; lower is better. {about.get('caption', '')}"
+    if out_of_frame(rows):
+        caption += " What lies beyond ten times the median distance is outside the frame, and in the table."
     page.picture(
         png(figure), "Line plots of the table below: one panel for each process, one line for each sampler.", caption
     )

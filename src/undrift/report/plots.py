@@ -148,6 +148,8 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]], measure: str, floor: fl
     for ax in axes.flat[len(processes) :]:
         ax.set_axis_off()
     figure.supylabel(measure, fontsize=8)
+    if out_of_frame(rows):
+        axes[0, 0].set_ylim(top=_top(rows))
     for c in range(columns):  # the lowest panel of each column carries the axis
         used = [axes[r, c] for r in range(lines) if r * columns + c < len(processes)]
         used[-1].set_xlabel("network calls per sample", fontsize=8)
@@ -161,6 +163,15 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]], measure: str, floor: fl
         frameon=False,
     )
     return figure
+
+
+def _top(rows: Sequence[Mapping[str, Any]]) -> float:
+    return 10 * float(np.median([r["distance"] for r in rows]))
+
+
+def out_of_frame(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the comparison's figure leaves out what would squeeze all else: beyond ten times the median."""
+    return max(r["distance"] for r in rows) > _top(rows)
 
 
 def _call_axis(ax: Axes, budgets: Sequence[int]) -> None:
@@ -272,7 +283,7 @@ def _strip(states: Tensor, titles: Sequence[str], names: Sequence[str], low: flo
 
 def _range(z: Tensor, channel: int, low: float, high: float) -> tuple[float, float]:
     """What is black and white: the data's range, widened to the state's; the final call leaves no auxiliaries."""
-    spread = 2.5 * float(z[channel].std())
+    spread = (1.3 if channel == 0 else 2.5) * float(z[channel].std())
     centre = 0.5 * (low + high) if channel == 0 else 0.0
     half = max(spread, 0.5 * (high - low)) if channel == 0 else max(spread, 1e-6)
     return centre - half, centre + half
