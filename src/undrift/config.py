@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar, Union
 import torch
 from torch import Tensor
 
-__all__ = ["ConfigError", "build", "describe", "family", "schema"]
+__all__ = ["ConfigError", "build", "describe", "family", "schema", "show_type"]
 
 T = TypeVar("T")
 _PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
@@ -71,7 +71,8 @@ def schema(cls: type) -> dict[str, tuple[Any, Any]]:
     return out
 
 
-def _show(annotation: Any) -> str:
+def show_type(annotation: Any) -> str:
+    """An annotation in words, as errors and help texts name it."""
     if annotation in _PLAIN:
         return _PLAIN[annotation]
     if annotation in (None, type(None)):
@@ -82,9 +83,9 @@ def _show(annotation: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_show(a) for a in args))
+        return " or ".join(dict.fromkeys(show_type(a) for a in args))
     if origin in (list, tuple):
-        return "a list of " + (_show(args[0]).removeprefix("a ") + "s" if args else "values")
+        return "a list of " + (show_type(args[0]).removeprefix("a ") + "s" if args else "values")
     if inspect.isclass(annotation):
         names = list(family(annotation)) or [annotation.__name__]
         return names[0] if len(names) == 1 else "one of " + ", ".join(names)
@@ -145,7 +146,7 @@ def build(data: Any, expected: Any, place: str = "") -> Any:
             return dict(data)
     elif inspect.isclass(expected):
         return _build_object(data, expected, place)
-    raise ConfigError(f"{where}expected {_show(expected)}, got {data!r}.")
+    raise ConfigError(f"{where}expected {show_type(expected)}, got {data!r}.")
 
 
 def _build_union(data: Any, args: tuple[Any, ...], place: str) -> Any:
@@ -163,7 +164,7 @@ def _build_union(data: Any, args: tuple[Any, ...], place: str) -> Any:
     if isinstance(data, (Mapping, str)) and objects:
         raise objects[0]  # the member that a dictionary or a name was meant for says more than the list of all
     where = f"{place}: " if place else ""
-    raise ConfigError(f"{where}expected {' or '.join(dict.fromkeys(_show(a) for a in args))}, got {data!r}.")
+    raise ConfigError(f"{where}expected {' or '.join(dict.fromkeys(show_type(a) for a in args))}, got {data!r}.")
 
 
 def _build_object(data: Any, expected: type, place: str) -> Any:
@@ -174,7 +175,7 @@ def _build_object(data: Any, expected: type, place: str) -> Any:
     if isinstance(data, str):
         data = {"type": data}
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}expected {_show(expected)}, with its settings, got {data!r}.")
+        raise ConfigError(f"{where}expected {show_type(expected)}, with its settings, got {data!r}.")
     keys = dict(data)
     name = keys.pop("type", expected.__name__ if expected.__name__ in members else None)
     if name is None:

@@ -185,7 +185,7 @@ def test_sscs_half_steps_match_the_closed_form():
     process = PSLD()
     a, d = process.reversed_matrices()
     from undrift._linalg import ou_transition
-    from undrift.process.linear import noise_root
+    from undrift.process.families import noise_root
 
     for b, phi, cov in [
         (0.04, [[0.99902119, -0.07684778], [0.01921195, 0.92217341]],

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from undrift.config import ConfigError, _show, build, describe, family, schema
+from undrift.config import ConfigError, build, describe, family, schema, show_type
 
 __all__ = ["help_text", "parse", "to_yaml"]
 
@@ -128,7 +128,7 @@ def help_text(name: str, command: type) -> str:
     lines = [summary, "", f"usage: undrift {name}{word} [--config FILE] [--key value ...] [--print-config]", ""]
     seen: dict[str, type] = {}
     for key, (annotation, default) in schema(command).items():
-        lines.append(f"  --{key}  {_show(annotation)}; {_default(default)}")
+        lines.append(f"  --{key}  {show_type(annotation)}; {_default(default)}")
         lines += textwrap.wrap(documented.get(key, ""), 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
         _collect(annotation, seen)
     lines += ["", "Objects: name one, and set its keys with dots, as in --process PSLD --process.gamma 0.02."]

@@ -166,6 +166,7 @@ def compare_into(
         "floor": judge.floor,
         "caption": f"{judge.caption} {how}",
         "memorisation": copies,
+        "rows": [row["key"] for row in rows],
     }
     write_json(out / "comparison.json", about)
     print()

@@ -11,7 +11,8 @@ from undrift.measure.fid import (
     nearest_neighbours,
     train_features,
 )
-from undrift.measure.likelihood import Likelihood, Transport, bits_per_dim, dequantise, log_likelihood, transport
+from undrift.measure.likelihood import Likelihood, bits_per_dim, dequantise, log_likelihood
+from undrift.measure.transport import Transport, transport
 
 __all__ = [
     "Estimate",

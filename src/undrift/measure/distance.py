@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 __all__ = ["Estimate", "energy_distance", "jackknife", "mmd", "sliced_wasserstein", "wasserstein"]
@@ -111,6 +110,8 @@ def wasserstein(x: Tensor, y: Tensor) -> float:
             "take a part of them, or use sliced_wasserstein."
         )
     cost = _euclidean(x, y).square().cpu().numpy()
+    from scipy.optimize import linear_sum_assignment  # a second to import, for one function
+
     rows, columns = linear_sum_assignment(cost)
     return math.sqrt(cost[rows, columns].mean())
 

@@ -10,7 +10,8 @@ from undrift.process.clock import (
     LinearClock,
     PowerClock,
 )
-from undrift.process.linear import ClockedProcess, LinearProcess, PanelProcess, ScalarProcess
+from undrift.process.families import ClockedProcess, PanelProcess, ScalarProcess
+from undrift.process.linear import LinearProcess
 from undrift.process.nonlinear import NonlinearRecipe, fokker_planck_residual
 from undrift.process.recipe import Recipe, RecipeProcess, time_varying_recipe, validate_recipe
 

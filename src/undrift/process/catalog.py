@@ -12,7 +12,7 @@ from torch import Tensor
 
 from undrift._linalg import as_f64
 from undrift.process.clock import Clock, ConstantClock, LinearClock, Number, PowerClock, _positive, number
-from undrift.process.linear import ClockedProcess, ScalarProcess, auxiliary_start
+from undrift.process.families import ClockedProcess, ScalarProcess, auxiliary_start
 from undrift.process.recipe import RecipeProcess, validate_recipe
 
 __all__ = ["ALDA", "CLD", "HOLD", "MALDA", "PSLD", "VE", "VP", "FlowMatching", "SubVP"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from undrift._linalg import as_f64
 from undrift.process.clock import Clock, ConstantClock
-from undrift.process.linear import ClockedProcess, PanelProcess, auxiliary_start
+from undrift.process.families import ClockedProcess, PanelProcess, auxiliary_start
 
 __all__ = ["Recipe", "RecipeProcess", "time_varying_recipe", "validate_recipe"]
 

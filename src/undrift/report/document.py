@@ -53,6 +53,8 @@ def write_report(folder: str | Path) -> Path:
     run = _json(place / "run.json")
     rows = JsonLines(place / "comparison.jsonl").rows
     about = _json(place / "comparison.json")
+    # The lines also keep cells of earlier settings, for the day they are asked for again.
+    rows = [row for row in rows if "rows" not in about or row["key"] in about["rows"]]
     model = load(place / "model.safetensors") if (place / "model.safetensors").exists() else None
     noted = notes(place / "model.safetensors") if model is not None else {}
     processes = _processes(rows, model)

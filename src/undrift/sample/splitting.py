@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from undrift._linalg import ou_transition, sqrt_sum
-from undrift.process.linear import LinearProcess, noise_root
+from undrift.process.families import noise_root
+from undrift.process.linear import LinearProcess
 from undrift.process.recipe import RecipeProcess
 from undrift.sample.plan import Nodes, Row, TableSampler
 
