@@ -140,6 +140,10 @@ def test_compare_resumes_and_names_what_does_not_apply(run_folder, tmp_path, cap
     assert sum(line.startswith("[") for line in capsys.readouterr().out.splitlines()) == 2
     again = [json.loads(line) for line in (out / "comparison.jsonl").read_text().splitlines()]
     assert [r["distance"] for r in again] == [r["distance"] for r in rows]
+    # Another seed is another question: its report shows its own cells alone, and the old ones stay.
+    assert main([*call, "--seed", "1"]) == 0
+    assert len((out / "comparison.jsonl").read_text().splitlines()) == 2 * len(rows)
+    assert (out / "report.html").read_text().count('scope="row"') == 3 + 2, "three pairs, two checks for copies"
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
