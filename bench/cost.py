@@ -26,7 +26,7 @@ from undrift import Diffusion, NoiseDiffusion, sample
 from undrift.denoise import NetworkDenoiser
 from undrift.networks import MLP, UNet
 from undrift.process import PSLD, VP
-from undrift.sample import SSCS, Ancestral, Exponential, Sampler
+from undrift.sample import SSCS, Ancestral, Exponential, Plan, Sampler
 from undrift.train import Dataset, Denoising, NoiseMatching, TrainConfig, Trainer
 
 CALLS = 20
@@ -45,11 +45,11 @@ def interleave(tasks: dict[str, Callable[[], None]], rounds: int) -> dict[str, l
 
 
 def report(title: str, times: dict[str, list[float]], base: str, results: list[dict[str, object]]) -> None:
-    print(f"\n{title}\n{'':34s} {'median ms':>10s} {'ratio':>7s}  (quartiles)")
+    print(f"\n{title}\n{'':40s} {'median ms':>10s} {'ratio':>7s}  (quartiles)")
     for name, values in times.items():
         ratios = [v / b for v, b in zip(values, times[base], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name:34s} {1e3 * statistics.median(values):10.2f} {middle:7.3f}  ({low:.3f} to {high:.3f})")
+        print(f"{name:40s} {1e3 * statistics.median(values):10.2f} {middle:7.3f}  ({low:.3f} to {high:.3f})")
         results.append({"title": title, "name": name, "ms": 1e3 * statistics.median(values), "ratio": middle,
                         "quartiles": [low, high]})  # fmt: skip
 
@@ -58,14 +58,7 @@ def sampling(network: nn.Module, event: tuple[int, ...], batch: int) -> dict[str
     network.eval()
     denoiser = NetworkDenoiser(network)
     x, label = torch.randn(batch, *event), torch.zeros(batch)
-    plans = {}
-    for name, process, sampler in [
-        ("sample: VP, Ancestral", VP(), Ancestral(CALLS)),
-        ("sample: VP, Exponential(2)", VP(), Exponential(CALLS)),
-        ("sample: PSLD, SSCS", PSLD(), SSCS(CALLS)),
-        ("sample: PSLD, Exponential(2)", PSLD(), Exponential(CALLS)),
-    ]:
-        plans[name] = (Diffusion(process, denoiser), sampler)
+    walks = [(VP(), Ancestral(CALLS)), (VP(), Exponential(CALLS)), (PSLD(), SSCS(CALLS)), (PSLD(), Exponential(CALLS))]
 
     def bare() -> None:
         with torch.no_grad():
@@ -73,12 +66,16 @@ def sampling(network: nn.Module, event: tuple[int, ...], batch: int) -> dict[str
                 network(x, label)
 
     tasks: dict[str, Callable[[], None]] = {f"{CALLS} bare network calls": bare}
-    tasks |= {name: walk(*pair, batch, event) for name, pair in plans.items()}
+    for process, sampler in walks:
+        name = f"{type(process).__name__}, {type(sampler).__name__}"
+        diffusion = Diffusion(process, denoiser)
+        tasks[f"sample: {name}"] = walk(diffusion, sampler, batch, event)
+        tasks[f"sample: {name}, plan given"] = walk(diffusion, sampler.plan(process), batch, event)
     tasks |= peer_sampling(network, event, batch)
     return tasks
 
 
-def walk(diffusion: Diffusion, sampler: Sampler, batch: int, event: tuple[int, ...]) -> Callable[[], None]:
+def walk(diffusion: Diffusion, sampler: Sampler | Plan, batch: int, event: tuple[int, ...]) -> Callable[[], None]:
     def run() -> None:
         sample(diffusion, batch, event, sampler, seed=0)
 

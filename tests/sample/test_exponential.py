@@ -56,7 +56,7 @@ def test_psi_matches_the_hand_derived_ode_for_cld_and_psld(gamma, nu):
     times = [1.0, 0.6, 0.3, 0.1, 0.05]
     process = PSLD(gamma=gamma, nu=nu)
     t = torch.tensor(times, dtype=torch.float64)
-    got = reverse_flow(process, t[:-1], t[1:]).phi
+    got = reverse_flow(process, t).flow.phi
     for i, (a, b) in enumerate(itertools.pairwise(times)):
         y = solve_ivp(
             velocity, (a, b), torch.eye(2).double().reshape(-1).numpy(), method="DOP853", rtol=1e-12, atol=1e-13
@@ -68,8 +68,7 @@ def test_gddim_root_of_the_psld_sheet():
     """Section 8.7: R(.5) for R(1e-3) = Cholesky, and R R' = S."""
     process = PSLD()
     start = process.kernel(1e-3)[1]
-    t = torch.tensor([1e-3], dtype=torch.float64)
-    r = reverse_flow(process, t, torch.full_like(t, 0.5)).phi[0] @ start
+    r = reverse_flow(process, torch.tensor([1e-3, 0.5], dtype=torch.float64)).flow.phi[0] @ start
     expected = torch.tensor([[0.96688301, 0.22831745], [-0.10946923, 0.48583028]], dtype=torch.float64)
     assert torch.allclose(r, expected, atol=1e-8)
     root = process.kernel(0.5)[1]

@@ -144,7 +144,7 @@ class LinearProcess(ABC):
             target = level.log().flatten()
             low, high = math.log(1e-12 * self.horizon), math.log(self.horizon)
             table = torch.linspace(low, high, 128, dtype=torch.float64)
-            reached = self.sigma(table.exp().clamp(max=self.horizon)).log()
+            reached, climb = self._log_sigma(table, high)
             slack = 1e-9
             if bool((target < reached[0] - slack).any()) or bool((target > reached[-1] + slack).any()):
                 low_sigma, high_sigma = float(reached[0].exp()), float(reached[-1].exp())
@@ -154,9 +154,11 @@ class LinearProcess(ABC):
                 )
             place = torch.searchsorted(torch.cummax(reached, 0).values, target).clamp(1, 127)
             lo, hi = table[place - 1], table[place]
-            # Interpolated, not halved: where the root is an end of the table, as at sigma(T), it is hit at once.
-            share = (target - reached[place - 1]) / (reached[place] - reached[place - 1])
-            x = torch.lerp(lo, hi, share.nan_to_num(0.5).clamp(0, 1))
+            # Cubic Hermite interpolation of log t in log sigma leaves little for Newton to do.
+            gap = reached[place] - reached[place - 1]
+            u = ((target - reached[place - 1]) / gap).nan_to_num(0.5).clamp(0, 1)
+            bend = (1 - u) * (gap / climb[place - 1] - (hi - lo)) - u * (gap / climb[place] - (hi - lo))
+            x = (torch.lerp(lo, hi, u) + u * (1 - u) * bend.nan_to_num(0.0)).clamp(lo, hi)
             for _ in range(60):
                 miss, slope = self._log_sigma(x, high)
                 miss = miss - target
@@ -164,7 +166,7 @@ class LinearProcess(ABC):
                 step = x - miss / slope
                 inside = (step >= lo) & (step <= hi) & torch.isfinite(step)
                 previous, x = x, torch.where(inside, step, 0.5 * (lo + hi))
-                if float((x - previous).abs().max()) < 1e-15 * max(1.0, float(x.abs().max())):
+                if bool((((x - previous).abs() < 1e-8) & inside).all()):  # the next step would move by its square
                     break
         if torch.is_grad_enabled():  # one Newton step carries the implicit derivative
             value, slope = self._log_sigma(x, high)

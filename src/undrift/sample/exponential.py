@@ -37,41 +37,59 @@ from undrift._linalg import Flow, linear_flow, psd_sqrt, sqrt_sum
 from undrift.process.linear import LinearProcess
 from undrift.sample.plan import Nodes, Row, TableSampler
 
-__all__ = ["Ancestral", "DPMSolver2M", "Exponential", "reverse_flow"]
+__all__ = ["Ancestral", "DPMSolver2M", "Exponential", "ReverseFlow", "reverse_flow"]
 
 _PANEL = 0.25  # width of a collocation panel in log t
 
 
-def reverse_flow(process: LinearProcess, start: Tensor, end: Tensor, stochasticity: float = 0.0) -> Flow:
-    r"""Flow of :math:`\dot z = (F + \frac{1 + \lambda^2}{2} GG^\top S^{-1}) z` from ``start`` to ``end``, each (...).
+@dataclass(frozen=True)
+class ReverseFlow:
+    """The reverse flow over the N - 1 intervals between consecutive times, with the process at all points it passed.
 
-    Either may be the later. Nodes and weights of the returned :class:`Flow` are in time, so that integrals along it
-    are sums over its nodes.
+    Attributes:
+        flow: propagators; its nodes and weights are in time, so that integrals along it are sums over its nodes.
+        ends: the process at the N times.
+        inner: the process at the flow's nodes, (N - 1, M).
     """
 
-    def generator(log_t: Tensor) -> Tensor:
-        t = log_t.exp()
-        root = process.marginal(t)[1]
-        spread = torch.linalg.solve_triangular(root, process.diffusion(t), upper=False)
-        n = torch.linalg.solve_triangular(root, spread.mT, upper=False)
-        upper = torch.triu(torch.linalg.solve_triangular(root, process.drift(t) @ root, upper=False) + 0.5 * n, 1)
-        return t[..., None, None] * (upper - upper.mT + 0.5 * stochasticity**2 * n)
+    flow: Flow
+    ends: Nodes
+    inner: Nodes
 
-    log_start, log_end = start.log(), end.log()
-    panels = max(1, math.ceil(float((log_start - log_end).abs().max()) / _PANEL))
-    flow = linear_flow(generator, log_start, log_end, panels)
-    nodes = flow.nodes.exp()
-    end_root = process.marginal(end)[1]
-    inverse = torch.linalg.solve_triangular
-    identity = torch.eye(process.channels, dtype=torch.float64)
-    from_start = inverse(process.marginal(start)[1], identity.expand_as(end_root), upper=False)
-    from_nodes = inverse(process.marginal(nodes)[1], identity.expand_as(flow.to_end), upper=False)
-    return Flow(
+
+def reverse_flow(process: LinearProcess, times: Tensor, stochasticity: float = 0.0) -> ReverseFlow:
+    r"""Flow of :math:`\dot z = (F + \frac{1 + \lambda^2}{2} GG^\top S^{-1}) z` from each time to the next.
+
+    Args:
+        process: any linear process.
+        times: (N,), positive, in either direction.
+        stochasticity: lambda.
+    """
+    passed: list[Nodes] = []
+
+    def generator(log_t: Tensor) -> Tensor:
+        at = Nodes.at(process, log_t.exp())
+        passed.append(at)
+        spread = torch.linalg.solve_triangular(at.root, at.GG, upper=False)
+        n = torch.linalg.solve_triangular(at.root, spread.mT, upper=False)
+        upper = torch.triu(torch.linalg.solve_triangular(at.root, at.F @ at.root, upper=False) + 0.5 * n, 1)
+        return at.t[..., None, None] * (upper - upper.mT + 0.5 * stochasticity**2 * n)
+
+    log_times = times.log()
+    panels = max(1, math.ceil(float(log_times.diff().abs().max()) / _PANEL))
+    flow = linear_flow(generator, log_times[:-1], log_times[1:], panels)
+    inner, ends = passed[0].flatten(), Nodes.at(process, times)
+    eye = torch.eye(process.channels, dtype=torch.float64)
+    from_start = torch.linalg.solve_triangular(ends.root[:-1], eye.expand_as(flow.phi), upper=False)
+    from_nodes = torch.linalg.solve_triangular(inner.root, eye.expand_as(flow.to_end), upper=False)
+    end_root = ends.root[1:]
+    in_time = Flow(
         phi=end_root @ flow.phi @ from_start,
-        nodes=nodes,
-        weights=flow.weights * nodes,
+        nodes=inner.t,
+        weights=flow.weights * inner.t,
         to_end=end_root.unsqueeze(-3) @ flow.to_end @ from_nodes,
     )
+    return ReverseFlow(in_time, ends, inner)
 
 
 @dataclass(frozen=True)
@@ -99,16 +117,17 @@ class Exponential(TableSampler):
 
     def rows(self, process: LinearProcess, times: Tensor) -> list[Row]:
         lam = self.stochasticity
-        flow = reverse_flow(process, times[:-1], times[1:], lam)
-        phi = process.marginal(times)[0]
+        walk = reverse_flow(process, times, lam)
+        flow, phi = walk.flow, walk.ends.Phi
         fixed = phi[1:] - flow.phi @ phi[:-1]
-        level = process.sigma(times).log()
-        noise = flow.noise_root(lam * psd_sqrt(process.diffusion(flow.nodes))) if lam else None
+        level = walk.ends.log_sigma
+        noise = flow.noise_root(lam * psd_sqrt(walk.inner.GG)) if lam else None
         if self.order > 1:
-            at = Nodes.at(process, flow.nodes)
             # d z' / d (prediction at u), a density in u: the integrand of every order.
-            density = -0.5 * (1 + lam**2) * flow.weights[..., None, None] * (flow.to_end @ at.pull @ at.Phi)
-            place = process.sigma(flow.nodes).log()
+            density = (
+                -0.5 * (1 + lam**2) * flow.weights[..., None, None] * (flow.to_end @ walk.inner.pull @ walk.inner.Phi)
+            )
+            place = walk.inner.log_sigma
         rows = []
         for i in range(len(times) - 1):
             history = min(self.order, i + 1)
@@ -165,10 +184,10 @@ class DPMSolver2M(TableSampler):
     """
 
     def rows(self, process: LinearProcess, times: Tensor) -> list[Row]:
-        flow = reverse_flow(process, times[:-1], times[1:])
-        phi = process.marginal(times)[0]
+        walk = reverse_flow(process, times)
+        flow, phi = walk.flow, walk.ends.Phi
         fixed = phi[1:] - flow.phi @ phi[:-1]
-        h = -process.sigma(times).log().diff()
+        h = -walk.ends.log_sigma.diff()
         rows = []
         for i in range(len(h)):
             r = 0.0 if i == 0 else float(h[i] / (2 * h[i - 1]))

@@ -70,8 +70,8 @@ class Quadratic(Grid):
         return process.horizon * (self.t_min + (1 - self.t_min) * (1 - _ramp(n)) ** 2)
 
 
-def _levels(owner: str, process: LinearProcess, sigma_min: float, sigma_max: float | None) -> tuple[float, float]:
-    """The noise levels to walk between: from sigma_max, or what the process reaches if that is less, to sigma_min."""
+def _levels(owner: str, process: LinearProcess, sigma_min: float, sigma_max: float | None) -> tuple[float, float, bool]:
+    """Levels to walk between: sigma_min, sigma_max or what the process reaches if that is less, and if it is that."""
     top = float(process.sigma(process.horizon))
     high = top if sigma_max is None else min(sigma_max, top)
     if not 0 < sigma_min < high:
@@ -79,12 +79,12 @@ def _levels(owner: str, process: LinearProcess, sigma_min: float, sigma_max: flo
             f"{owner}: needs 0 < sigma_min < sigma_max, got sigma_min = {sigma_min:g} where the walk starts at "
             f"sigma = {high:g}."
         )
-    return sigma_min, high
+    return sigma_min, high, high == top
 
 
-def _at_levels(process: LinearProcess, sigma: Tensor, high: float) -> Tensor:
+def _at_levels(process: LinearProcess, sigma: Tensor, from_end: bool) -> Tensor:
     times = process.time(sigma)
-    if high == float(process.sigma(process.horizon)):
+    if from_end:
         times[0] = process.horizon
     return times
 
@@ -102,8 +102,8 @@ class LogSigma(Grid):
     sigma_max: float | None = None
 
     def times(self, process: LinearProcess, n: int) -> Tensor:
-        low, high = _levels("LogSigma", process, self.sigma_min, self.sigma_max)
-        return _at_levels(process, high * (low / high) ** _ramp(n), high)
+        low, high, from_end = _levels("LogSigma", process, self.sigma_min, self.sigma_max)
+        return _at_levels(process, high * (low / high) ** _ramp(n), from_end)
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ class Rho(Grid):
             raise ValueError(f"Rho: rho must be positive, got {self.rho}.")
 
     def times(self, process: LinearProcess, n: int) -> Tensor:
-        low, high = _levels("Rho", process, self.sigma_min, self.sigma_max)
+        low, high, from_end = _levels("Rho", process, self.sigma_min, self.sigma_max)
         a, b = high ** (1 / self.rho), low ** (1 / self.rho)
-        return _at_levels(process, (a + _ramp(n) * (b - a)) ** self.rho, high)
+        return _at_levels(process, (a + _ramp(n) * (b - a)) ** self.rho, from_end)
 
 
 @dataclass(frozen=True)

@@ -181,3 +181,14 @@ class Nodes:
         half = torch.linalg.solve_triangular(root, gg, upper=False)
         pull = torch.linalg.solve_triangular(root.mT, half, upper=True).mT
         return cls(t, process.drift(t), gg, phi, root, pull)
+
+    @property
+    def log_sigma(self) -> Tensor:
+        """Logarithm of the effective noise level, (...)."""
+        u = torch.linalg.solve_triangular(self.root, self.Phi[..., :1], upper=False)
+        return -0.5 * u.square().sum((-2, -1)).log()
+
+    def flatten(self) -> Nodes:
+        """The last two dimensions of times joined to one."""
+        joined = (m.flatten(-4, -3) for m in (self.F, self.GG, self.Phi, self.root, self.pull))
+        return Nodes(self.t.flatten(-2), *joined)
