@@ -31,6 +31,8 @@ def _lower_solve(root: Tensor, rhs: Tensor) -> Tensor:
 
 def mix(coefficients: Tensor, z: Tensor) -> Tensor:
     """Contract channels: ``coefficients`` (..., J, K), unbatched or one per sample, times z (batch, K, *event)."""
+    if coefficients.shape[-2:] == (1, 1):  # a product of 1 x 1 matrices is not a matrix product
+        return coefficients.to(z).reshape(-1, *[1] * (z.ndim - 1)) * z
     flat = coefficients.to(z) @ z.flatten(2) if z.ndim > 2 else (coefficients.to(z) @ z.unsqueeze(-1))
     return flat.reshape(z.shape[0], coefficients.shape[-2], *z.shape[2:])
 
