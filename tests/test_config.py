@@ -129,10 +129,10 @@ def test_schema_knows_inherited_fields_and_their_defaults():
     assert isinstance(fields["clock"][1], ConstantClock)
 
     @dataclass(frozen=True, eq=False)
-    class Heavier(CLD):
+    class _Heavier(CLD):
         mass: float = 2.0
 
-    assert schema(Heavier)["friction"][1] is None
+    assert schema(_Heavier)["friction"][1] is None
 
 
 BAD = [
