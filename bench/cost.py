@@ -56,6 +56,26 @@ def report(title: str, times: dict[str, list[float]], base: str, results: list[d
                         "quartiles": [low, high]})  # fmt: skip
 
 
+class Free(nn.Module):
+    """A network that costs nothing, with a parameter so that it has a dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def added(times: dict[str, list[float]], network_ms: float, results: list[dict[str, object]]) -> None:
+    """What a walk costs when the network is free, beside what the network costs: steadier than a ratio of long runs."""
+    print(f"\nthe same walks with a free network\n{'':40s} {'best ms':>9s} {'1 + added / network':>20s}")
+    for name, values in list(times.items())[1:]:
+        ratio = 1 + 1e3 * min(values) / network_ms
+        print(f"{name:40s} {1e3 * min(values):9.2f} {ratio:20.3f}")
+        results.append({"title": "free network", "name": name, "ms": 1e3 * min(values), "ratio": ratio})
+
+
 def sampling(network: nn.Module, event: tuple[int, ...], batch: int) -> dict[str, Callable[[], None]]:
     network.eval()
     denoiser = NetworkDenoiser(network)
@@ -167,7 +187,9 @@ def main() -> None:
     results: list[dict[str, object]] = []
     for name, network, event, batch in [("digits U-Net", unet, (1, 8, 8), 256), ("MLP, width 512", mlp, (64,), 512)]:
         times = interleave(sampling(network, event, batch), args.rounds)
-        report(f"sampling, {name}, batch {batch}, {CALLS} calls", times, f"{CALLS} bare network calls", results)
+        base = f"{CALLS} bare network calls"
+        report(f"sampling, {name}, batch {batch}, {CALLS} calls", times, base, results)
+        added(interleave(sampling(Free(), event, batch), 3 * args.rounds), 1e3 * min(times[base]), results)
     for name, network, event, batch in [("digits U-Net", unet, (1, 8, 8), 128), ("MLP, width 512", mlp, (64,), 512)]:
         times = interleave(training(network, event, batch), 6 * args.rounds)
         report(f"training step, {name}, batch {batch}", times, "bare forward, backward, Adam", results)
