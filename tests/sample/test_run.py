@@ -160,6 +160,22 @@ def test_a_walk_costs_exactly_its_calls():
         assert count == plan.calls, name
 
 
+@pytest.mark.parametrize(
+    "sampler", [Ancestral(6), Heun(4), ProbabilityFlow(1e-3, 1e-3)], ids=["table", "two stages", "flow"]
+)
+def test_progress_counts_every_model_call(sampler, capsys):
+    count = 0
+
+    def denoiser(x, sigma):
+        nonlocal count
+        count += 1
+        return GAUSSIAN(x, sigma)
+
+    sample(Diffusion(VP(), denoiser), 4, (1,), sampler, seed=0, batch=2, progress=True)
+    shown = capsys.readouterr().err
+    assert f"{count}call" in shown or f"{count}/{count}" in shown, shown
+
+
 def test_images_and_scalars_walk_alike():
     diffusion = Diffusion(CLD(), lambda x, sigma: x / (1 + sigma[0] ** 2))
     flat = sample(diffusion, 4, (12,), Ancestral(5), seed=0)

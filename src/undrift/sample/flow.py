@@ -45,8 +45,14 @@ class ProbabilityFlow(Sampler):
         if self.final not in ("predict", "none"):
             raise ValueError(f"ProbabilityFlow: final must be 'predict' or 'none', got {self.final!r}.")
 
-    def solve(self, diffusion: Diffusion | NoiseDiffusion, z: Tensor, **condition: Any) -> tuple[Tensor, Tensor, int]:
-        """Walk ``z`` (batch, K, *event) from T to the end.
+    def solve(
+        self,
+        diffusion: Diffusion | NoiseDiffusion,
+        z: Tensor,
+        on_call: Callable[[], object] = lambda: None,
+        **condition: Any,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Walk ``z`` (batch, K, *event) from T to the end; ``on_call`` is called at each model call.
 
         Returns:
             times (S,) and states (S, batch, K, *event) at the start, the end of the ODE and after the final call; and
@@ -64,6 +70,7 @@ class ProbabilityFlow(Sampler):
         def velocity(log_t: Tensor, state: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
+            on_call()
             return velocity_at(float(log_t), state, **condition)
 
         span = torch.stack([torch.tensor(process.horizon, dtype=torch.float64), end]).log().to(z.device)
@@ -83,6 +90,7 @@ class ProbabilityFlow(Sampler):
             last = torch.zeros_like(states[-1])
             last[:, 0] = x0
             calls += 1
+            on_call()
             states, times = torch.cat([states, last.unsqueeze(0)]), torch.cat([times, times.new_zeros(1)])
         return times, states, calls
 

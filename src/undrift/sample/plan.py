@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from undrift.process.linear import LinearProcess
-from undrift.sample.grid import Grid
+from undrift.sample.grid import Grid, LogSigma
 
 __all__ = ["Final", "Nodes", "Plan", "Sampler", "TableSampler"]
 
@@ -93,8 +93,6 @@ class TableSampler(Sampler, ABC):
 
     def default_grid(self, process: LinearProcess) -> Grid:
         """The grid used where none is given."""
-        from undrift.sample.grid import LogSigma
-
         return LogSigma()
 
     @abstractmethod

@@ -96,7 +96,8 @@ def sample(
 
     Raises:
         ValueError: for unusable arguments, before any work starts.
-        FloatingPointError: if the state stops being finite, with the call at which it did.
+        RuntimeError: if the adaptive solver's step size underflows.
+        FloatingPointError: if the samples of a plan are not finite.
     """
     _check(n, shape, batch)
     place = torch.device(device)
@@ -129,7 +130,7 @@ def sample(
                 walks.append(run_plan(diffusion, plan, noise, generator, trajectory, bar, **part))
             else:
                 z = mix(diffusion.process.prior(), noise)
-                walks.append(Trajectory(*plan.solve(diffusion, z, **part)))
+                walks.append(Trajectory(*plan.solve(diffusion, z, bar.update, **part)))
     if trajectory:
         return Trajectory(walks[0].times, torch.cat([w.states for w in walks], 1), max(w.calls for w in walks))
     return torch.cat([w.x for w in walks])
