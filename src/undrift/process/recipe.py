@@ -84,8 +84,8 @@ def validate_recipe(d: Tensor, q: Tensor, s: Tensor) -> None:
         direction = [round(abs(complex(v)), 3) for v in vectors[:, slowest]]
         raise ValueError(
             "(D, Q, S) does not converge: the drift -(D + Q) S^-1 has an eigenvalue with real part "
-            f"{float(values.real[slowest]) + 0.0:.3g}, since no noise reaches the direction with channel weights {direction}."
-            " Put noise on that channel (D), or couple it to one that has noise (Q)."
+            f"{float(values.real[slowest]) + 0.0:.3g}, since no noise reaches the direction with channel weights "
+            f"{direction}. Put noise on that channel (D), or couple it to one that has noise (Q)."
         )
 
 
