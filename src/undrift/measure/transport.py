@@ -16,8 +16,10 @@ In the code :math:`S^{-1} = P + S^{-1} m m^\top S^{-1} / snr` is split into the 
 rest, :math:`P m = 0`. P is bounded as t -> 0, and the other part multiplies :math:`D(\tilde x) - \tilde x`: nothing
 cancels.
 
-The trace to compute is that of a d x d matrix, whatever K. A network on all K channels has no such structure, and its
-trace runs over K d coordinates.
+The trace to compute is that of a d x d matrix, whatever K. A network on all K channels has no such structure. Its score
+:math:`s_\theta` enters through :math:`tr(GG^\top J) = tr(g^\top J g)` with :math:`J = \partial s_\theta/\partial z` and
+:math:`GG^\top = g g^\top`, g of K rows and r columns: r d coordinates, where r counts the sources of noise and not the
+channels, and probes that disagree less than those of :math:`GG^\top J`.
 
 The ODE is solved in log t, in which its coefficients are bounded near the data (they grow like 1/t). The stretch from 0
 to ``t_min`` is one midpoint step, so that for data with a smooth density the bias is :math:`O(t_{min}^3)`.
@@ -38,15 +40,15 @@ from torch import Tensor
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from undrift._linalg import Interpolant, sqrt_sum
+from undrift._linalg import Interpolant, psd_sqrt, sqrt_sum
 from undrift.diffusion import Diffusion, NoiseDiffusion
-from undrift.process.linear import mix
+from undrift.process.linear import LinearProcess, mix
 
 __all__ = ["Trace", "Transport", "transport"]
 
 Trace = Literal["exact", "hutchinson", "auto"]
 
-_EXACT_UP_TO = 64  # coordinates: "auto" takes the exact trace, one backward pass each, up to here
+_EXACT_UP_TO = 64  # coordinates of the trace: "auto" takes it exactly, one backward pass each, up to here
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +66,39 @@ class Transport:
     calls: int
 
 
-def _trace(output: Tensor, x: Tensor, direction: Callable[[Tensor], Tensor], probes: Tensor | None) -> Tensor:
-    """tr(A J), J = d output / d x per sample, A = ``direction`` (symmetric): (batch, 1), or v' A J v for each probe."""
-    batch, n = x.shape[0], x[0].numel()
+def _trace(
+    output: Tensor, x: Tensor, shape: torch.Size, carry: Callable[[Tensor], Tensor], probes: Tensor | None
+) -> Tensor:
+    """tr(g' J g) per sample, J = d output / d x: (batch, 1), or v' g' J g v for each of the probes (count, *shape).
+
+    ``carry`` applies g: it maps directions of shape (batch, *event), or any that broadcasts to it, to the shape of x.
+    """
+    count = shape[1:].numel() if probes is None else len(probes)
     columns = []
-    if probes is None:
-        for i in range(n):
-            unit = torch.zeros(n, dtype=x.dtype, device=x.device)
-            unit[i] = 1.0
-            v = unit.reshape(x.shape[1:]).expand_as(x)
-            (row,) = torch.autograd.grad(output, x, direction(v), retain_graph=i + 1 < n)
-            columns.append(row.reshape(batch, n)[:, i].double())
-        return torch.stack(columns).sum(0).unsqueeze(-1)
-    for i, v in enumerate(probes):
-        (row,) = torch.autograd.grad(output, x, direction(v.to(x)), retain_graph=i + 1 < len(probes))
-        columns.append((row * v).flatten(1).double().sum(-1))
-    return torch.stack(columns, -1)
+    for i in range(count):
+        if probes is None:
+            v = torch.zeros(1, *shape[1:], dtype=x.dtype, device=x.device)
+            v.view(-1)[i] = 1.0
+        else:
+            v = probes[i]
+        carried = carry(v).expand_as(x)
+        (row,) = torch.autograd.grad(output, x, carried, retain_graph=i + 1 < count)
+        columns.append((row.double() * carried.double()).flatten(1).sum(-1))
+    forms = torch.stack(columns, -1)
+    return forms.sum(-1, keepdim=True) if probes is None else forms
+
+
+def _noisy(process: LinearProcess, low: float, high: float) -> Tensor:
+    """Which columns of the root of GG' carry noise at some time from ``low`` to ``high``, (K,)."""
+    times = torch.linspace(math.log(low), math.log(high), 257, dtype=torch.float64).exp().clamp(max=process.horizon)
+    with torch.no_grad():
+        used = (psd_sqrt(process.diffusion(times)) != 0).any(0).any(0)
+    used[0] |= ~used.any()  # one column of zeros stands for no noise
+    return used
 
 
 class _Field:
-    """Velocity of the flow in log t, and its divergence; the state is float64, the model sees ``dtype``.
+    """Velocity of the flow in log t, and its divergence; the state is float64, the model sees the dtype of ``z``.
 
     What depends on time alone is tabulated once, from ``low`` to ``high``.
     """
@@ -91,15 +106,25 @@ class _Field:
     def __init__(
         self,
         diffusion: Diffusion | NoiseDiffusion,
-        dtype: torch.dtype,
-        probes: Tensor | None,
-        condition: dict[str, Any],
+        z: Tensor,
         low: float,
         high: float,
+        trace: str,
+        probes: int,
+        generator: torch.Generator,
+        condition: dict[str, Any],
     ) -> None:
-        self.diffusion, self.dtype, self.probes, self.condition = diffusion, dtype, probes, condition
+        self.diffusion, self.dtype, self.condition = diffusion, z.dtype, condition
         self.calls = 0
-        table = self._of_denoiser if isinstance(diffusion, Diffusion) else self._of_network
+        if isinstance(diffusion, Diffusion):
+            table, self.shape = self._of_denoiser, torch.Size((z.shape[0], *z.shape[2:]))
+        else:
+            self.noisy = _noisy(diffusion.process, low, high)
+            table, self.shape = self._of_network, torch.Size((z.shape[0], int(self.noisy.sum()), *z.shape[2:]))
+        self.probes: Tensor | None = None
+        if trace == "hutchinson" or (trace == "auto" and self.shape[1:].numel() > _EXACT_UP_TO):
+            signs = torch.randint(0, 2, (probes, *self.shape), generator=generator, device=generator.device)
+            self.probes = (2.0 * signs - 1.0).to(z)
         with torch.no_grad():
             self._table = Interpolant(lambda log_t: table(log_t.exp()), math.log(low), math.log(high))
 
@@ -134,7 +159,7 @@ class _Field:
         with torch.enable_grad():
             shown.requires_grad_()
             x0 = diffusion.denoiser(shown, sigma.to(shown).expand(z.shape[0]), **self.condition)
-            trace = _trace(x0, shown, lambda v: v, self.probes)
+            trace = _trace(x0, shown, self.shape, lambda v: v, self.probes)
         gap = (x0 - shown).detach().to(z) / sigma
         free = free.reshape(k, k)
         velocity = mix(torch.cat([free, pull.unsqueeze(-1)], -1), torch.cat([z, gap.unsqueeze(1)], 1))
@@ -142,32 +167,22 @@ class _Field:
 
     def _of_network(self, t: Tensor) -> Tensor:
         process = self.diffusion.process
-        both = torch.stack([process.drift(t), process.diffusion(t)], 1)
-        return (t[:, None, None, None] * both).flatten(1)
+        d = process.diffusion(t)
+        both = t[:, None, None, None] * torch.stack([process.drift(t), d], 1)
+        root = t.sqrt()[:, None, None] * psd_sqrt(d)[..., self.noisy]
+        return torch.cat([both.flatten(1), root.flatten(1)], -1)
 
     def _network(self, diffusion: NoiseDiffusion, z: Tensor, row: Tensor, log_t: float) -> tuple[Tensor, Tensor]:
-        drift, noise = row.reshape(2, z.shape[1], z.shape[1])
+        k = z.shape[1]
+        drift, noise = row[: 2 * k * k].reshape(2, k, k)
+        root = row[2 * k * k :].reshape(k, -1)
         t = min(math.exp(log_t), diffusion.process.horizon)
         with torch.enable_grad():
             state = z.to(self.dtype).requires_grad_()
             score = diffusion.score(state, t, **self.condition)
-            trace = _trace(score, state, lambda v: mix(noise, v), self.probes)
+            trace = _trace(score, state, self.shape, lambda v: mix(root, v), self.probes)
         velocity = mix(drift, z) - 0.5 * mix(noise, score.detach().to(z))
         return velocity, z[0, 0].numel() * drift.diagonal().sum() - 0.5 * trace
-
-
-def _probes(
-    diffusion: Diffusion | NoiseDiffusion, z: Tensor, trace: str, count: int, generator: torch.Generator
-) -> Tensor | None:
-    if trace not in ("exact", "hutchinson", "auto"):
-        raise ValueError(f"trace must be 'exact', 'hutchinson' or 'auto', got {trace!r}.")
-    if count < 1:
-        raise ValueError(f"probes must be at least 1, got {count}.")
-    shape = z.shape if isinstance(diffusion, NoiseDiffusion) else (z.shape[0], *z.shape[2:])
-    if trace == "exact" or (trace == "auto" and math.prod(shape[1:]) <= _EXACT_UP_TO):
-        return None
-    signs = torch.randint(0, 2, (count, *shape), generator=generator, device=generator.device)
-    return (2.0 * signs - 1.0).to(z)
 
 
 def transport(
@@ -195,7 +210,8 @@ def transport(
         start, end: times; ``start`` in [0, T], ``end`` in (0, T].
         t_min: where one midpoint step from ``start = 0`` leads, for the adaptive solver to take over.
         trace: "exact" (one backward pass a coordinate), "hutchinson" (unbiased, with Rademacher probes that stay fixed
-            along the way), or "auto": exact up to 64 coordinates.
+            along the way), or "auto": exact up to 64 coordinates. With a denoiser there are d of them; with a noise
+            network r d, where r is the rank of GG'.
         probes: probes of the Hutchinson estimate, one column of ``divergence`` each.
         rtol, atol: tolerances of the adaptive solver (Dormand-Prince 5).
         seed: an integer or a generator, for the probes.
@@ -215,11 +231,14 @@ def transport(
         raise ValueError(f"transport: t_min must lie in (0, {end:g}), got {t_min:g}.")
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"transport: rtol and atol must be positive, got {rtol:g} and {atol:g}.")
+    if trace not in ("exact", "hutchinson", "auto"):
+        raise ValueError(f"trace must be 'exact', 'hutchinson' or 'auto', got {trace!r}.")
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}.")
     diffusion.process._per_sample(z, end)
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(z.device).manual_seed(seed)
-    directions = _probes(diffusion, z, trace, probes, generator)
     low = 0.5 * t_min if start == 0 else min(start, end)
-    field = _Field(diffusion, z.dtype, directions, condition, low, max(start, end))
+    field = _Field(diffusion, z, low, max(start, end), trace, probes, generator, condition)
     state: Tensor = z.double()
     divergence: Tensor | float = 0.0
     with torch.no_grad():
