@@ -2,9 +2,19 @@
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.measure import log_likelihood
+from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.sample import sample
 from undrift.train import load, save
 
 __version__ = "0.1.0"
 
-__all__ = ["Diffusion", "NoiseDiffusion", "__version__", "load", "log_likelihood", "sample", "save"]
+__all__ = [
+    "Diffusion",
+    "NoiseDiffusion",
+    "NonlinearDiffusion",
+    "__version__",
+    "load",
+    "log_likelihood",
+    "sample",
+    "save",
+]

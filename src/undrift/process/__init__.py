@@ -12,6 +12,7 @@ from undrift.process.clock import (
 )
 from undrift.process.families import ClockedProcess, PanelProcess, ScalarProcess
 from undrift.process.linear import LinearProcess
+from undrift.process.local import LocalGaussian, local_gaussian, local_pairs
 from undrift.process.nonlinear import NonlinearRecipe, fokker_planck_residual
 from undrift.process.recipe import Recipe, RecipeProcess, time_varying_recipe, validate_recipe
 
@@ -32,6 +33,7 @@ __all__ = [
     "GeometricClock",
     "LinearClock",
     "LinearProcess",
+    "LocalGaussian",
     "NonlinearRecipe",
     "PanelProcess",
     "PowerClock",
@@ -40,6 +42,8 @@ __all__ = [
     "ScalarProcess",
     "SubVP",
     "fokker_planck_residual",
+    "local_gaussian",
+    "local_pairs",
     "time_varying_recipe",
     "validate_recipe",
 ]

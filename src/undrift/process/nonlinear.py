@@ -105,9 +105,7 @@ class NonlinearRecipe:
     def __post_init__(self) -> None:
         if self.dim < 1:
             raise ValueError(f"NonlinearRecipe: dim must be at least 1, got {self.dim}.")
-        probe = self.probe
-        if probe is None:
-            probe = torch.randn(16, self.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        probe = self._probe()
         if probe.ndim != 2 or probe.shape[1] != self.dim:
             raise ValueError(f"NonlinearRecipe: probe must have shape (N, {self.dim}), got {tuple(probe.shape)}.")
         n = probe.shape[0]
@@ -132,6 +130,11 @@ class NonlinearRecipe:
         low = torch.linalg.eigvalsh(d)[:, 0]
         _worst("diffusion must be positive semi-definite; an eigenvalue is minus", -low[:, None, None], d, probe)
 
+    def _probe(self) -> Tensor:
+        if self.probe is not None:
+            return self.probe
+        return torch.randn(16, self.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
     def matrices(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """D and Q at z (batch, dim), each (batch, dim, dim)."""
         return _matrix_field(self.diffusion)(z), _matrix_field(self.curl)(z)
@@ -151,6 +154,19 @@ class NonlinearRecipe:
         for matrix in (self.diffusion, self.curl):
             f = f - _apply(matrix.to(z) if isinstance(matrix, Tensor) else matrix(z), slope)
         return f
+
+    @property
+    def reverse(self) -> NonlinearRecipe:
+        """The stationary process run backwards: the same energy and noise, the curl with its sign changed."""
+        q = self.curl
+        curl = -q if isinstance(q, Tensor) else lambda z: -q(z)
+        return NonlinearRecipe(self.energy, self.diffusion, curl, self.dim, self.probe)
+
+    @property
+    def rate(self) -> float:
+        """Mean over probes and coordinates of the diagonal of 2 D: squared distance per time, per coordinate."""
+        with torch.no_grad():
+            return float(2 * self.matrices(self._probe())[0].diagonal(dim1=1, dim2=2).mean())
 
     def stationarity_residual(self, z: Tensor) -> Tensor:
         """:func:`fokker_planck_residual` of this process at z (batch, dim): zero up to rounding, (batch,)."""

@@ -5,6 +5,7 @@ from undrift.train.config import TrainConfig
 from undrift.train.container import CheckpointError
 from undrift.train.data import Dataset, DataSource, Digits, Idx, ImageFolder, Npz, Ring
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
+from undrift.train.local import LocalScoreMatching
 from undrift.train.objectives import Denoising, NoiseMatching, Objective
 from undrift.train.trainer import Fit, Trainer, TrainingDiverged
 
@@ -18,6 +19,7 @@ __all__ = [
     "Fit",
     "Idx",
     "ImageFolder",
+    "LocalScoreMatching",
     "LogNormal",
     "LogUniform",
     "NoiseLevels",
