@@ -1,7 +1,7 @@
 """undrift: design a diffusion, learn it, and get back."""
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
-from undrift.measure import log_likelihood
+from undrift.measure import elbo, log_likelihood
 from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.sample import sample
 from undrift.train import load, save
@@ -13,6 +13,7 @@ __all__ = [
     "NoiseDiffusion",
     "NonlinearDiffusion",
     "__version__",
+    "elbo",
     "load",
     "log_likelihood",
     "sample",

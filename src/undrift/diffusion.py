@@ -168,11 +168,21 @@ class NoiseDiffusion:
         c = self.coefficients(self.process._per_sample(z, t))
         return self._noise(z, c.scale, c.label, **condition)
 
-    def score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
-        """Estimated grad log p_t(z), same shape as z (batch, K, *event)."""
-        c = self.coefficients(self.process._per_sample(z, t))
+    def score(self, z: Tensor, t: object, root: Tensor | None = None, **condition: Any) -> Tensor:
+        """Estimated grad log p_t(z), same shape as z (batch, K, *event).
+
+        Args:
+            z: states.
+            t: one time, or one per sample.
+            root: R (..., K, K), float64, for R' times the score: where R is a kernel's root, a number of order 1 near
+                the data where the score itself diverges. The product is taken before it meets z's precision.
+        """
+        return self._score(z, self.coefficients(self.process._per_sample(z, t)), root, **condition)
+
+    def _score(self, z: Tensor, c: NoiseCoefficients, root: Tensor | None, **condition: Any) -> Tensor:
         noise = self._noise(z, c.scale, c.label, **condition)
-        return mix(torch.cat([c.baseline, -torch.linalg.inv(c.root).mT], -1), torch.cat([z, noise], 1))
+        columns = torch.cat([c.baseline, -torch.linalg.inv(c.root).mT], -1)
+        return mix(columns if root is None else root.mT @ columns, torch.cat([z, noise.to(z)], 1))
 
     def predict(self, z: Tensor, t: object, **condition: Any) -> Tensor:
         r"""x0 by the part of the score that speaks about it: :math:`m^\top S^{-1}(z + S s)/snr`; (batch, *event)."""

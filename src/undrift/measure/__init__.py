@@ -1,6 +1,7 @@
 """How good is it: likelihoods, distances between samples, and Fréchet distances between features."""
 
 from undrift.measure.distance import Estimate, energy_distance, jackknife, mmd, sliced_wasserstein, wasserstein
+from undrift.measure.elbo import Evidence, elbo
 from undrift.measure.fid import (
     FeatureNetwork,
     Neighbours,
@@ -16,6 +17,7 @@ from undrift.measure.transport import Transport, transport
 
 __all__ = [
     "Estimate",
+    "Evidence",
     "FeatureNetwork",
     "Likelihood",
     "Neighbours",
@@ -23,6 +25,7 @@ __all__ = [
     "Transport",
     "bits_per_dim",
     "dequantise",
+    "elbo",
     "energy_distance",
     "extract",
     "frechet_distance",

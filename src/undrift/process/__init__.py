@@ -11,10 +11,12 @@ from undrift.process.clock import (
     PowerClock,
 )
 from undrift.process.families import ClockedProcess, PanelProcess, ScalarProcess
+from undrift.process.learned import LearnedClock, LearnedProcess
 from undrift.process.linear import LinearProcess
 from undrift.process.local import LocalGaussian, local_gaussian, local_pairs
 from undrift.process.nonlinear import NonlinearRecipe, fokker_planck_residual
 from undrift.process.recipe import Recipe, RecipeProcess, time_varying_recipe, validate_recipe
+from undrift.process.times import InformationTimes, LogSnrTimes, TimeDensity, UniformTimes
 
 __all__ = [
     "ALDA",
@@ -31,9 +33,13 @@ __all__ = [
     "CosineClock",
     "FlowMatching",
     "GeometricClock",
+    "InformationTimes",
+    "LearnedClock",
+    "LearnedProcess",
     "LinearClock",
     "LinearProcess",
     "LocalGaussian",
+    "LogSnrTimes",
     "NonlinearRecipe",
     "PanelProcess",
     "PowerClock",
@@ -41,6 +47,8 @@ __all__ = [
     "RecipeProcess",
     "ScalarProcess",
     "SubVP",
+    "TimeDensity",
+    "UniformTimes",
     "fokker_planck_residual",
     "local_gaussian",
     "local_pairs",

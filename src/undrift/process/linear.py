@@ -121,11 +121,15 @@ class LinearProcess(ABC):
         """m' S^-1 m, shape of ``t``; infinite where z_t still equals the data."""
         return self._weights(self._time(t))[0]
 
-    def snr_rate(self, t: object) -> Tensor:
-        """-d snr/dt = m' S^-1 G G' S^-1 m >= 0, shape of ``t``: the rate at which information about x0 is lost."""
+    def information(self, t: object) -> tuple[Tensor, Tensor]:
+        """snr, and the rate -d snr/dt = m' S^-1 G G' S^-1 m >= 0 at which it is lost, each of the shape of ``t``."""
         time = self._time(t)
         snr, row = self._weights(time)
-        return snr.square() * (row.unsqueeze(-2) @ self.diffusion(time) @ row.unsqueeze(-1))[..., 0, 0]
+        return snr, snr.square() * (row.unsqueeze(-2) @ self.diffusion(time) @ row.unsqueeze(-1))[..., 0, 0]
+
+    def snr_rate(self, t: object) -> Tensor:
+        """-d snr/dt, shape of ``t``; see :meth:`information`."""
+        return self.information(t)[1]
 
     def sigma(self, t: object) -> Tensor:
         """Effective noise level snr^(-1/2), shape of ``t``, increasing."""

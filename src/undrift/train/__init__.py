@@ -6,7 +6,7 @@ from undrift.train.container import CheckpointError
 from undrift.train.data import Dataset, DataSource, Digits, Idx, ImageFolder, Npz, Ring
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
 from undrift.train.local import LocalScoreMatching
-from undrift.train.objectives import Denoising, NoiseMatching, Objective
+from undrift.train.objectives import Denoising, EvidenceBound, NoiseMatching, Objective
 from undrift.train.trainer import Fit, Trainer, TrainingDiverged
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "DefensiveMixture",
     "Denoising",
     "Digits",
+    "EvidenceBound",
     "Fit",
     "Idx",
     "ImageFolder",

@@ -2,11 +2,13 @@ r"""Models on disk: weights and the description from which the whole model is re
 
 The description is that of :mod:`undrift.config`: {"denoiser": ...} for a denoiser, {"denoiser": ..., "process": ...}
 for a diffusion made of one, {"noise": {"process": ..., "network": ..., ...}} for a noise-predicting diffusion. Tensors
-named ``weights/...`` are the network's; a trainer's own file carries its state beside them.
+named ``weights/...`` are the network's; a trainer's own file carries its state beside them. A learned process is part
+of the description, as it stands.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -18,25 +20,27 @@ from undrift.config import ConfigError, build, describe
 from undrift.denoise.network import NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.networks.base import Network
+from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.process.linear import LinearProcess
 from undrift.train.container import CheckpointError, read_file, write_file
 
-__all__ = ["Model", "describe_model", "load", "network_of", "notes", "save", "with_network"]
+__all__ = ["Model", "describe_model", "load", "network_of", "notes", "parts_of", "save", "with_parts"]
 
-Model: TypeAlias = NetworkDenoiser | NoiseDiffusion | Diffusion
-"""What can be trained and saved; a Diffusion's denoiser must be a NetworkDenoiser."""
+Model: TypeAlias = NetworkDenoiser | NoiseDiffusion | Diffusion | NonlinearDiffusion
+"""What can be trained, and but for a NonlinearDiffusion saved; a Diffusion's denoiser must be a NetworkDenoiser."""
 
 _NOISE = ("kernel", "factor", "mixed", "data_std")
 
 
 def network_of(model: Model) -> nn.Module:
-    """The network inside a model: what is trained.
+    """The network inside a model.
 
     Raises:
         TypeError: if the model has none.
     """
     inner = model.denoiser if isinstance(model, Diffusion) else model
-    if not isinstance(inner, (NetworkDenoiser, NoiseDiffusion)) or not isinstance(inner.network, nn.Module):
+    known = (NetworkDenoiser, NoiseDiffusion, NonlinearDiffusion)
+    if not isinstance(inner, known) or not isinstance(inner.network, nn.Module):
         raise TypeError(
             f"a {type(model).__name__}{f' of a {type(inner).__name__}' * (inner is not model)} holds no network to "
             "train or save; give a NetworkDenoiser, a Diffusion of one, or a NoiseDiffusion of a torch.nn.Module."
@@ -44,15 +48,30 @@ def network_of(model: Model) -> nn.Module:
     return inner.network
 
 
-def with_network(model: Model, network: nn.Module) -> Model:
-    """The same model around another network of the same kind."""
-    if isinstance(model, Diffusion):
-        return Diffusion(
-            model.process, cast(NetworkDenoiser, with_network(cast(NetworkDenoiser, model.denoiser), network))
-        )
+def parts_of(model: Model) -> nn.ModuleDict:
+    """What of a model is trained: its "network", and its "process" if that has parameters that ask for gradients.
+
+    Raises:
+        TypeError: if the model has no network.
+    """
+    parts = nn.ModuleDict({"network": network_of(model)})
+    process = getattr(model, "process", None)
+    if isinstance(process, nn.Module) and any(p.requires_grad for p in process.parameters()):
+        parts["process"] = process
+    return parts
+
+
+def with_parts(model: Model, parts: nn.ModuleDict) -> Model:
+    """The same model around other parts of the same kind."""
+    network = parts["network"]
     if isinstance(model, NetworkDenoiser):
         return NetworkDenoiser(cast(Network, network), model.sigma_data, model.sigma_min, model.sigma_max)
-    return NoiseDiffusion(model.process, network, model.kernel, model.factor, model.mixed, model.data_std)
+    if isinstance(model, NonlinearDiffusion):
+        return dataclasses.replace(model, network=network)
+    process = cast(LinearProcess, parts["process"]) if "process" in parts else model.process
+    if isinstance(model, NoiseDiffusion):
+        return NoiseDiffusion(process, network, model.kernel, model.factor, model.mixed, model.data_std)
+    return Diffusion(process, cast(NetworkDenoiser, with_parts(cast(NetworkDenoiser, model.denoiser), parts)))
 
 
 def describe_model(model: Model) -> dict[str, Any]:
@@ -62,6 +81,8 @@ def describe_model(model: Model) -> dict[str, Any]:
         TypeError, ConfigError: if a part has no description; the message names it.
     """
     network_of(model)
+    if isinstance(model, NonlinearDiffusion):
+        raise TypeError("a NonlinearDiffusion has no description: its process is made of Python functions.")
     if isinstance(model, NoiseDiffusion):
         settings = {k: getattr(model, k) for k in _NOISE}
         return {
@@ -122,7 +143,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         device: where the network goes.
 
     Returns:
-        What was saved: a NetworkDenoiser, a Diffusion or a NoiseDiffusion.
+        What was saved: a NetworkDenoiser, a Diffusion or a NoiseDiffusion. A learned process comes back without
+        gradients; ``model.process.requires_grad_()`` lets it learn on.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -142,6 +164,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     except RuntimeError as error:
         raise CheckpointError(f"{path}: its weights do not fit the network it describes: {error}") from error
     network.to(device).eval()
+    process = getattr(model, "process", None)
+    if isinstance(process, nn.Module):
+        process.requires_grad_(False)
     if isinstance(model, Diffusion):
         cast(NetworkDenoiser, model.denoiser).eval()
     elif isinstance(model, nn.Module):

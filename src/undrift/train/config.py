@@ -17,9 +17,10 @@ class TrainConfig:
         steps: optimiser steps in all; a finished run continues if it is raised.
         batch: samples per step.
         lr: learning rate of Adam.
+        process_lr: learning rate of a learned process; null for ``lr``.
         betas: Adam's averaging coefficients.
         warmup: steps over which the learning rate rises linearly from 0 to ``lr``.
-        clip: largest norm of the gradient, or None.
+        clip: largest norm of the gradient, or None; of the network and of a learned process apart.
         ema: half-life of the weights' average, in samples seen.
         ema_rampup: the half-life is at most this share of the samples seen so far, so that the average forgets the
             start early on (Karras et al. 2022, appendix F.2).
@@ -35,6 +36,7 @@ class TrainConfig:
     steps: int = 10_000
     batch: int = 128
     lr: float = 1e-3
+    process_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 200
     clip: float | None = 1.0
@@ -55,6 +57,7 @@ class TrainConfig:
         for name in ("steps", "batch", "log_every", "checkpoint_every"):
             check(getattr(self, name) >= 1, name, "at least 1")
         check(0 < self.lr < math.inf, "lr", "positive and finite")
+        check(self.process_lr is None or 0 < self.process_lr < math.inf, "process_lr", "positive and finite, or null")
         check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
         check(self.warmup >= 0, "warmup", "0 or more")
         check(self.clip is None or 0 < self.clip < math.inf, "clip", "positive, or null for none")
@@ -65,9 +68,10 @@ class TrainConfig:
         check(self.seed >= 0, "seed", "0 or more")
         check(self.threads is None or self.threads >= 1, "threads", "at least 1, or null")
 
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..."""
-        return self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
+    def rate(self, step: int, part: str = "network") -> float:
+        """Learning rate of step 0, 1, ... for the "network" or the "process"."""
+        full = self.process_lr if part == "process" and self.process_lr is not None else self.lr
+        return full * min(1.0, (step + 1) / self.warmup) if self.warmup else full
 
     def ema_decay(self, step: int) -> float:
         """Weight of the old average at step 0, 1, ..."""

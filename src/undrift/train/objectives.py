@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from undrift._linalg import psd_sqrt
-from undrift.diffusion import NoiseDiffusion
+from undrift.bound import Bound
+from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import mix
+from undrift.process.times import InformationTimes, LogSnrTimes, TimeDensity, earliest
 from undrift.train.levels import DefensiveMixture, NoiseLevels, stratified
 
-__all__ = ["Denoising", "NoiseMatching", "Objective"]
+__all__ = ["Denoising", "EvidenceBound", "NoiseMatching", "Objective"]
 
 
 class Objective(ABC):
@@ -85,6 +87,7 @@ class Denoising(Objective):
         return sigma.square().reciprocal()
 
     def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:
+        model = model.denoiser if isinstance(model, Diffusion) else model
         sigma = self.noise.draw(stratified(x.shape[0], generator))
         weight = self.weight(sigma, getattr(model, "sigma_data", None)).to(x)
         sigma = sigma.to(x)
@@ -164,3 +167,61 @@ class NoiseMatching(Objective):
             squares = mix(gain, error).square().sum(1).reshape(x.shape[0], -1).mean(1)
             return 0.5 * (process.horizon - self.t_min) * squares, sigma
         return error.reshape(x.shape[0], -1).square().mean(1), sigma
+
+
+@dataclass(frozen=True, eq=False)
+class EvidenceBound(Objective):
+    """Minus the evidence lower bound, whole: in nats per coordinate, unbiased, and differentiable in the process.
+
+    Trains a :class:`~undrift.diffusion.Diffusion` (process and denoiser) or a
+    :class:`~undrift.diffusion.NoiseDiffusion`, and the process with it if that has parameters: through the kernel, the
+    weight, the prior's divergence and the decoder. See :mod:`undrift.bound`.
+
+    One call of the model serves path and decoder: a share of each batch is taken at the earliest time.
+
+    Args:
+        sigma_min: noise level, in data units, at which the decoder takes over.
+        t_min: the time at which it does, instead.
+        times: density of the times; None for uniform ln sigma with a denoiser, else in proportion to tr(GG' S^-1).
+        start_share: share of a batch that serves the decoder, in (0, 1).
+
+    References:
+        Singhal, Goldstein & Ranganath, Where to Diffuse, How to Diffuse, and How to Get Back, 2023, section 3.
+    """
+
+    sigma_min: float = 1e-3
+    t_min: float | None = None
+    times: TimeDensity | None = None
+    start_share: float = 0.0625
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < math.inf:
+            raise ValueError(f"EvidenceBound: sigma_min must be positive, got {self.sigma_min}.")
+        if self.t_min is not None and not self.t_min > 0:
+            raise ValueError(f"EvidenceBound: t_min must be positive, got {self.t_min}.")
+        if not 0 < self.start_share < 1:
+            raise ValueError(f"EvidenceBound: start_share must lie in (0, 1), got {self.start_share}.")
+
+    def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(model, (Diffusion, NoiseDiffusion)):
+            raise TypeError(
+                f"EvidenceBound: trains a Diffusion or a NoiseDiffusion, got a {type(model).__name__}; the bound is of "
+                "a process with a model."
+            )
+        process, n = model.process, x.shape[0]
+        t_min = earliest(process, self.sigma_min) if self.t_min is None else self.t_min
+        bound = Bound(model, t_min=t_min)
+        times = self.times or (_LOG_SNR if isinstance(model, Diffusion) else _INFORMATION)
+        u = stratified(n, generator).cpu()
+        at_start = u < self.start_share
+        inner = ((u - self.start_share) / (1 - self.start_share)).clamp(1e-12, 1 - 1e-12)
+        t, density = times.draw(process, t_min, inner)
+        t = torch.where(at_start, t_min, t)
+        weight = torch.where(at_start, 1 / self.start_share, 1 / ((1 - self.start_share) * density))
+        noise = torch.empty(n, bound.noises, *x.shape[1:], dtype=x.dtype, device=x.device).normal_(generator=generator)
+        error, sigma = bound.error(x, t, at_start, noise, **condition)
+        value = weight.to(x.device) * error - bound.prior(x) - bound.start_constant(x)
+        return (value / x[0].numel()).to(x.dtype), sigma.detach().to(x)
+
+
+_LOG_SNR, _INFORMATION = LogSnrTimes(64), InformationTimes(64)

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from undrift.config import describe
-from undrift.diffusion import Diffusion
-from undrift.train.checkpoint import Model, describe_model, network_of, save, with_network, write_model
+from undrift.train.checkpoint import Model, describe_model, parts_of, save, with_parts, write_model
 from undrift.train.config import TrainConfig
 from undrift.train.container import CheckpointError, read_file
 from undrift.train.data import Dataset, DataSource
@@ -69,14 +68,15 @@ def step_seed(seed: int, stream: str, index: int) -> int:
 
 
 class Trainer:
-    """Trains the network of a model.
+    """Trains the network of a model, and its process if that is to be learned.
 
     With a folder, it writes ``last.safetensors`` (the whole state), ``model.safetensors`` (the model with averaged
     weights, for :func:`undrift.train.load`), ``metrics.jsonl``, and TensorBoard scalars where that is installed; and
     :meth:`fit` resumes from what the folder holds.
 
     Args:
-        model: a NetworkDenoiser, a Diffusion of one, or a NoiseDiffusion; its network is trained in place.
+        model: a NetworkDenoiser, a Diffusion of one, a NoiseDiffusion, or, without a folder, a NonlinearDiffusion; its
+            network, and a learned process, are trained in place.
         objective: what is minimised.
         data: a data set, or the source of one.
         config: settings.
@@ -106,8 +106,8 @@ class Trainer:
             raise ValueError(
                 f"Trainer: batch is {self.config.batch}, but {self.data.name} has {len(self.data)} points."
             )
-        self.network = network_of(model).to(self.device)
-        self._learner = model.denoiser if isinstance(model, Diffusion) else model  # what the objective sees
+        self.parts = parts_of(model).to(self.device)
+        self.network = self.parts["network"]
         classes = getattr(self.network, "classes", None)
         if classes is not None and (self.data.classes is None or self.data.classes > classes):
             raise ValueError(
@@ -124,12 +124,17 @@ class Trainer:
             }
         self.step = 0
         # Kept by hand: on a small network torch's AveragedModel spends more on walking the modules than on averaging.
-        self._averaged = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self._pairs = list(self._averaged.parameters()), [p.detach() for p in self.network.parameters()]
-        self._trained = [p for p in self.network.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.Adam(self._trained, lr=self.config.lr, betas=self.config.betas, fused=True)
-        # Rows of (loss, gradient norm, lowest and highest sigma) since the last row of metrics; read in one transfer.
-        self._window = torch.zeros(self.config.log_every, 4, device=self.device)
+        self._averaged = copy.deepcopy(self.parts).eval().requires_grad_(False)
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = [
+            (list(self._averaged[name].parameters()), [p.detach() for p in part.parameters()])
+            for name, part in self.parts.items()
+        ]
+        self._trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in self.parts.items()}
+        groups = [{"params": parameters, "part": name} for name, parameters in self._trained.items()]
+        self._optimizer = torch.optim.Adam(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+        # Rows of (loss, norms of the gradients of network and process, lowest and highest sigma) since the last row of
+        # metrics; read in one transfer.
+        self._window = torch.zeros(self.config.log_every, 5, device=self.device)
         self._x = self.data.x.to(self.device)
         use = classes is not None and self.data.labels is not None
         self._labels = self.data.labels.to(self.device) if use and self.data.labels is not None else None
@@ -138,9 +143,9 @@ class Trainer:
     @property
     def average(self) -> Model:
         """The model with averaged weights, in evaluation mode; a copy."""
-        for kept, now in zip(self._averaged.buffers(), self.network.buffers(), strict=True):
+        for kept, now in zip(self._averaged.buffers(), self.parts.buffers(), strict=True):
             kept.copy_(now)
-        return with_network(self.model, copy.deepcopy(self._averaged))
+        return with_parts(self.model, copy.deepcopy(self._averaged))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -170,34 +175,45 @@ class Trainer:
         if self._labels is not None:
             drop = torch.rand(len(index), generator=g, device=self.device) < self.config.class_dropout
             condition["y"] = self._labels[index].masked_fill(drop, -1)
-        per_sample, sigma = self.objective.loss(self._learner, self._x[index], g, **condition)
+        per_sample, sigma = self.objective.loss(self.model, self._x[index], g, **condition)
         loss = per_sample.mean()
         loss.backward()
         row = self._window[self.step % self.config.log_every]
-        grads = [p.grad for p in self._trained if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        torch.stack([loss.detach().float(), norm.float(), *(s.float() for s in sigma.detach().aminmax())], out=row)
+        norms = {name: self._norm(parameters) for name, parameters in self._trained.items()}
+        process = norms.get("process", loss.new_zeros(())).to(self.device)
+        low, high = sigma.detach().aminmax()
+        torch.stack([v.float() for v in (loss.detach(), norms["network"], process, low, high)], out=row)
         if self.device.type == "cpu":  # elsewhere this would wait; there it is done with each row of metrics
             self._check(row.unsqueeze(0), self.step)
         if self.config.clip is not None:
-            scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-            if self.device.type != "cpu" or float(scale) < 1:  # elsewhere asking would wait for the device
-                torch._foreach_mul_(grads, scale)
-        self._optimizer.param_groups[0]["lr"] = self.config.rate(self.step)
+            for name, norm in norms.items():
+                scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+                if norm.device.type != "cpu" or float(scale) < 1:  # elsewhere asking would wait for the device
+                    torch._foreach_mul_([p.grad for p in self._trained[name] if p.grad is not None], scale)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.rate(self.step, group["part"])
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         new = 1 - self.config.ema_decay(self.step) if self.step else 1.0
-        torch._foreach_lerp_(list(self._pairs[0]), self._pairs[1], new)
+        for kept, now in self._pairs:
+            torch._foreach_lerp_(kept, now, new)
         self.step += 1
+
+    @staticmethod
+    def _norm(parameters: list[nn.Parameter]) -> Tensor:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
     def _check(self, rows: Tensor, first: int) -> None:
         """Raise if a row of the window is not finite; ``first`` is the first row's step, counted from 0."""
-        good = rows[:, :2].isfinite().all(1)
+        good = rows[:, :3].isfinite().all(1)
         if bool(good.all()):
             return
         bad = int((~good).nonzero()[0])
-        loss, norm, low, high = rows[bad].tolist()
+        loss, norm, process, low, high = rows[bad].tolist()
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient of norm {norm}"
+        if math.isfinite(loss) and math.isfinite(norm):
+            what = f"gradient of the process of norm {process}"
         kept = "nothing was kept, as no checkpoint had been written"
         if self.folder is not None and (self.folder / "last.safetensors").exists():
             kept = f"the last good checkpoint is kept in {self.folder}"
@@ -257,14 +273,16 @@ class Trainer:
         self._check(rows, self.step - len(rows))
         seconds = time.perf_counter() - clock[0]
         done = self.step - clock[1]
+        learned = {"process_gradient_norm": float(rows[:, 2].mean())} if "process" in self.parts else {}
         return {
             "step": self.step,
             "samples": self.step * self.config.batch,
             "loss": float(rows[:, 0].mean()),
             "gradient_norm": float(rows[:, 1].mean()),
+            **learned,
             "lr": self.config.rate(self.step - 1),
-            "sigma_min": float(rows[:, 2].min()),
-            "sigma_max": float(rows[:, 3].max()),
+            "sigma_min": float(rows[:, 3].min()),
+            "sigma_max": float(rows[:, 4].max()),
             "samples_per_second": done * self.config.batch / seconds,
         }
 
@@ -275,11 +293,13 @@ class Trainer:
         self._check(self._window[:done].cpu(), self.step - done)
         if self.folder is None:
             return
-        tensors = {f"raw/{k}": v for k, v in self.network.state_dict().items()}
-        for name, p in self.network.named_parameters():
+        tensors = {f"raw/{k}": v for k, v in self.parts.state_dict().items()}
+        for name, p in self.parts.named_parameters():
             for moment in _MOMENTS:
                 if p in self._optimizer.state:
                     tensors[f"{moment}/{name}"] = self._optimizer.state[p][moment]
+        if "process" in self.parts:  # the network's average is the file's model
+            tensors |= {f"average/{k}": v for k, v in self._averaged["process"].state_dict().items()}
         tensors["window"] = self._window
         average = self.average
         write_model(
@@ -301,13 +321,15 @@ class Trainer:
                     f"{self.folder} holds a run of another {part} ({'; '.join(differing)}): to resume it give the "
                     "settings it was started with, to start anew give another folder."
                 )
-        self.network.load_state_dict(_group(tensors, "raw"))
-        self._averaged.load_state_dict(_group(tensors, "weights"))
+        self.parts.load_state_dict(_group(tensors, "raw"))
+        self._averaged["network"].load_state_dict(_group(tensors, "weights"))
+        if "process" in self.parts:
+            self._averaged["process"].load_state_dict(_group(tensors, "average"))
         moments = {m: _group(tensors, m) for m in _MOMENTS}
-        for name, p in self.network.named_parameters():
+        for name, p in self.parts.named_parameters():
             if name in moments["exp_avg"]:
                 self._optimizer.state[p] = {
-                    "step": torch.tensor(float(state["step"]), device=self.device),
+                    "step": torch.tensor(float(state["step"]), device=p.device),
                     **{m: torch.empty_like(p).copy_(moments[m][name]) for m in _MOMENTS},
                 }
         self._window.copy_(tensors["window"])
