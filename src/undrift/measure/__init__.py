@@ -12,8 +12,9 @@ from undrift.measure.fid import (
     nearest_neighbours,
     train_features,
 )
-from undrift.measure.likelihood import Likelihood, bits_per_dim, dequantise, log_likelihood
+from undrift.measure.likelihood import Likelihood, bits_per_dim, log_likelihood
 from undrift.measure.transport import Transport, transport
+from undrift.pixels import dequantise, quantise
 
 __all__ = [
     "Estimate",
@@ -34,6 +35,7 @@ __all__ = [
     "log_likelihood",
     "mmd",
     "nearest_neighbours",
+    "quantise",
     "sliced_wasserstein",
     "train_features",
     "transport",

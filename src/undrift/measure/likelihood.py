@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.measure.transport import Trace, transport
 from undrift.process.linear import mix
 
-__all__ = ["Likelihood", "bits_per_dim", "dequantise", "log_likelihood"]
+__all__ = ["Likelihood", "bits_per_dim", "log_likelihood"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,45 +161,9 @@ def bits_per_dim(log_likelihood: Tensor, dim: int, log_det: Tensor | float = 0.0
     Args:
         log_likelihood: of the transformed data y, in nats, (batch,).
         dim: coordinates, d.
-        log_det: log Jacobian of the transform from [0, 1), (batch,); see :func:`dequantise`.
+        log_det: log Jacobian of the transform from [0, 1), (batch,); see :func:`undrift.pixels.dequantise`.
         bins: values that a coordinate could take.
     """
     if bins < 1 or dim < 1:
         raise ValueError(f"bits_per_dim: dim and bins must be at least 1, got {dim} and {bins}.")
     return -(log_likelihood + log_det) / (dim * math.log(2)) + math.log2(bins)
-
-
-def dequantise(
-    pixels: Tensor,
-    transform: Literal["logit", "center"] = "center",
-    *,
-    bins: int = 256,
-    alpha: float = 0.05,
-    noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""Integer data as continuous data: x = (pixel + U) / bins with U uniform on [0, 1), then a transform.
-
-    Args:
-        pixels: integers in 0 ... bins - 1, (batch, *event).
-        transform: "center", y = 2 x - 1; or "logit", y = log s - log(1 - s) with s = alpha + (1 - 2 alpha) x.
-        bins: values that a pixel can take.
-        alpha: margin of the logit transform.
-        noise: U, same shape as ``pixels``, if it is not to be drawn from ``generator``.
-
-    Returns:
-        y (batch, *event) and log |det dy/dx| (batch,), both float64.
-    """
-    if transform not in ("logit", "center"):
-        raise ValueError(f"dequantise: transform must be 'logit' or 'center', got {transform!r}.")
-    low, high = float(pixels.min()), float(pixels.max())
-    if low < 0 or high > bins - 1 or not torch.equal(pixels, pixels.round() if pixels.is_floating_point() else pixels):
-        raise ValueError(f"dequantise: pixels must be whole numbers in 0 ... {bins - 1}, got {low:g} ... {high:g}.")
-    if noise is None:
-        noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float64, device=pixels.device)
-    x = (pixels.double() + noise) / bins
-    if transform == "center":
-        return 2 * x - 1, torch.full_like(x.flatten(1)[:, 0], x[0].numel() * math.log(2))
-    s = alpha + (1 - 2 * alpha) * x
-    log_det = math.log(1 - 2 * alpha) - s.log() - (1 - s).log()
-    return s.log() - (1 - s).log(), log_det.flatten(1).sum(-1)

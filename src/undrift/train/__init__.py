@@ -3,7 +3,7 @@
 from undrift.train.checkpoint import load, notes, save
 from undrift.train.config import TrainConfig
 from undrift.train.container import CheckpointError
-from undrift.train.data import Dataset, DataSource, Digits, Idx, ImageFolder, Npz, Ring
+from undrift.train.data import Dataset, DataSource, Dequantised, Digits, Idx, ImageFolder, Npz, Pixels, Ring
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
 from undrift.train.local import LocalScoreMatching
 from undrift.train.objectives import Denoising, EvidenceBound, NoiseMatching, Objective
@@ -15,6 +15,7 @@ __all__ = [
     "Dataset",
     "DefensiveMixture",
     "Denoising",
+    "Dequantised",
     "Digits",
     "EvidenceBound",
     "Fit",
@@ -27,6 +28,7 @@ __all__ = [
     "NoiseMatching",
     "Npz",
     "Objective",
+    "Pixels",
     "Ring",
     "TrainConfig",
     "Trainer",

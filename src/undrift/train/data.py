@@ -6,11 +6,12 @@ A :class:`DataSource` is a description (it can stand in a configuration file); :
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DataSource", "Dataset", "Digits", "Idx", "ImageFolder", "Npz", "Ring"]
+from undrift.pixels import PixelTransform, dequantise
+
+__all__ = ["DataSource", "Dataset", "Dequantised", "Digits", "Idx", "ImageFolder", "Npz", "Pixels", "Ring"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Whole numbers behind a continuous data set.
+
+    Args:
+        values: (N, *event), in 0 ... bins - 1.
+        transform, bins, alpha: see :func:`undrift.pixels.dequantise`.
+    """
+
+    values: Tensor
+    transform: PixelTransform = "center"
+    bins: int = 256
+    alpha: float = 0.05
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Dequantised points (len(index), *event) and the log Jacobian of their transform, in float64."""
+        values = self.values[index]
+        noise = torch.empty(values.shape, dtype=torch.float64, device=values.device).uniform_(generator=generator)
+        return dequantise(values, self.transform, bins=self.bins, alpha=self.alpha, noise=noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +56,8 @@ class Dataset:
         x: points (N, *event), floating.
         labels: class of each point (N,), whole numbers from 0, or None.
         low, high: values that stand for black and white; used by :meth:`to_uint8` only.
+        pixels: whole numbers (N, *event) that the points are dequantised from, afresh whenever they are drawn; ``x``
+            then shows the centres of their bins.
 
     Raises:
         ValueError: for an empty set, for values that are not finite, or for labels that do not fit.
@@ -42,6 +68,7 @@ class Dataset:
     labels: Tensor | None = None
     low: float = -1.0
     high: float = 1.0
+    pixels: Pixels | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim < 1 or self.x.shape[0] == 0 or not self.x.is_floating_point():
@@ -81,6 +108,16 @@ class Dataset:
     def std(self) -> float:
         """Root mean square deviation of a coordinate from the mean point: EDM's sigma_data."""
         return float((self.x.double() - self.x.double().mean(0)).square().mean().sqrt())
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same data on a device."""
+        pixels = self.pixels and dataclasses.replace(self.pixels, values=self.pixels.values.to(device))
+        labels = None if self.labels is None else self.labels.to(device)
+        return dataclasses.replace(self, x=self.x.to(device), labels=labels, pixels=pixels)
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Points (len(index), *event) as training sees them: with fresh dequantisation noise if they are pixels."""
+        return self.x[index] if self.pixels is None else self.pixels.draw(index, generator)[0].to(self.x)
 
     def to_uint8(self, x: Tensor) -> Tensor:
         """Points of this set's range as bytes, 0 for ``low`` and 255 for ``high``; values outside are clipped."""
@@ -309,3 +346,51 @@ class Ring(DataSource):
         x = centre + self.std * torch.randn(self.n, 2, generator=g, dtype=torch.float64)
         bound = self.radius + 4 * self.std
         return Dataset(f"ring-{self.modes}", x.float(), mode, low=-bound, high=bound)
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantised(DataSource):
+    """Another source's images as continuous data with a density: every pixel gets uniform noise of its bin's width.
+
+    The noise is fresh at every step of training. Likelihoods and bits per dimension are of such data.
+
+    Args:
+        source: images scaled from 0 ... bins - 1 to [-1, 1], as all sources of images here are.
+        transform: "center", to [-1, 1]; or "logit", to the whole line.
+        bins: values a pixel can take: 256, and 17 for Digits.
+        alpha: margin of the logit transform.
+    """
+
+    source: DataSource = field(default_factory=Digits)
+    transform: PixelTransform = "center"
+    bins: int = 256
+    alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.transform not in ("center", "logit"):
+            raise ValueError(f"Dequantised: transform must be 'center' or 'logit', got {self.transform!r}.")
+        if self.bins < 2:
+            raise ValueError(f"Dequantised: bins must be at least 2, got {self.bins}.")
+        if not 0 < self.alpha < 0.5:
+            raise ValueError(f"Dequantised: alpha must lie in (0, 0.5), got {self.alpha}.")
+
+    def load(self) -> Dataset:
+        base = self.source.load()
+        scaled = (base.x.double() + 1) / 2 * (self.bins - 1)
+        values = scaled.round()
+        miss = float((scaled - values).abs().max())
+        if miss > 1e-3 or float(values.min()) < 0 or float(values.max()) > self.bins - 1:
+            raise ValueError(
+                f"Dequantised: {base.name} holds no whole numbers of 0 ... {self.bins - 1} scaled to [-1, 1] (off by "
+                f"up to {miss:.3g}, from {float(scaled.min()):.4g} to {float(scaled.max()):.4g}); give bins, how many "
+                "values a pixel can take, or data that are pixels."
+            )
+        pixels = Pixels(values.to(torch.int16), self.transform, self.bins, self.alpha)
+        ends = torch.tensor([[0], [self.bins - 1]])
+        centre, low_high = (
+            dequantise(v, self.transform, bins=self.bins, alpha=self.alpha, noise=torch.tensor(0.5))[0]
+            for v in (pixels.values, ends)
+        )
+        low, high = low_high.flatten().tolist()
+        name = f"{base.name}, dequantised ({self.transform})"
+        return Dataset(name, centre.float(), base.labels, low, high, pixels)

@@ -135,9 +135,8 @@ class Trainer:
         # Rows of (loss, norms of the gradients of network and process, lowest and highest sigma) since the last row of
         # metrics; read in one transfer.
         self._window = torch.zeros(self.config.log_every, 5, device=self.device)
-        self._x = self.data.x.to(self.device)
-        use = classes is not None and self.data.labels is not None
-        self._labels = self.data.labels.to(self.device) if use and self.data.labels is not None else None
+        self._here = self.data.to(self.device)
+        self._labels = None if classes is None else self._here.labels
         self._order: tuple[int, Tensor] | None = None
 
     @property
@@ -175,7 +174,7 @@ class Trainer:
         if self._labels is not None:
             drop = torch.rand(len(index), generator=g, device=self.device) < self.config.class_dropout
             condition["y"] = self._labels[index].masked_fill(drop, -1)
-        per_sample, sigma = self.objective.loss(self.model, self._x[index], g, **condition)
+        per_sample, sigma = self.objective.loss(self.model, self._here.draw(index, g), g, **condition)
         loss = per_sample.mean()
         loss.backward()
         row = self._window[self.step % self.config.log_every]
