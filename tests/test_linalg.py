@@ -1,11 +1,13 @@
 """Small-matrix numerics against scipy and exact values."""
 
+import mpmath as mp
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from torch import Tensor
 
+from tests.reference.exact import precise_kernel
 from undrift._linalg import as_f64, expm, gauss_legendre, linear_flow, ou_transition, psd_sqrt, sqrt_sum
 
 
@@ -106,6 +108,67 @@ def test_ou_transition_of_brownian_motion():
     phi, root = ou_transition(zero, one, torch.tensor([0.0, 1e-20, 6400.0], dtype=torch.float64))
     assert phi.flatten().tolist() == [1.0, 1.0, 1.0]
     np.testing.assert_allclose(root.flatten(), [0.0, 1e-10, 80.0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("b", [1e-12, 1e-3, 0.99, 1.01, 40.0])
+@pytest.mark.parametrize("a", [-0.5, 0.0, 1e-9])
+def test_ou_transition_of_one_channel(a, b):
+    """Closed form, against 50 digits: g^2 (e^(2 a b) - 1) / (2 a), or g^2 b at a = 0; and its derivative in a."""
+    drift = torch.tensor([[a]], dtype=torch.float64, requires_grad=True)
+    noise = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+    phi, root = ou_transition(drift, noise, torch.tensor(b, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(root.sum(), drift)
+    with mp.workdps(50):
+        variance = lambda x: b * mp.nsum(lambda n: (2 * x * b) ** n / mp.factorial(n + 1), [0, 150])  # noqa: E731
+        exact, exact_slope = mp.sqrt(variance(mp.mpf(a))), mp.diff(lambda x: mp.sqrt(variance(x)), mp.mpf(a))
+    assert float(phi.detach()) == pytest.approx(np.exp(a * b), rel=1e-15)
+    assert float(root.detach()) == pytest.approx(float(exact), rel=1e-15)
+    assert float(slope) == pytest.approx(float(exact_slope), rel=1e-14)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_ou_transition_is_differentiable_twice(k):
+    """In drift, noise and clock together, for clocks that need no rounds of doubling, one, and two."""
+    leaves = (0.6 * normal(1, k, k), normal(2, k, max(1, k - 1)), torch.tensor([0.3, 9.0, 1.7], dtype=torch.float64))
+    leaves = tuple(leaf.requires_grad_() for leaf in leaves)
+    assert torch.autograd.gradcheck(ou_transition, leaves)
+    assert torch.autograd.gradgradcheck(ou_transition, leaves, rtol=1e-3, atol=1e-4)
+
+
+CHAINS = {  # CLD and ALDA: noise on the last channel alone, so that roots are graded by powers of b
+    "CLD": (((0.0, 1.0), (-1.0, -2.0)), 2.0),
+    "ALDA": (((0.0, 1.0, 0.0), (-1.0, 0.0, 1.0), (0.0, -1.0, -1.0)), 2.0**0.5),
+}
+
+
+@pytest.mark.parametrize("b", [1e-4, 0.0595, 1.2875, 20.0])
+@pytest.mark.parametrize("name", CHAINS)
+def test_derivatives_of_graded_roots(name, b):
+    """Every entry's derivative along a random change of A, g and the start, against differences in 80 digits."""
+    a, g = CHAINS[name]
+    k = len(a)
+    start = torch.diag(torch.tensor([0.0] + [0.1] * (k - 1), dtype=torch.float64))
+    noise = torch.zeros(k, 1, dtype=torch.float64)
+    noise[-1] = g
+    leaves = [torch.tensor(a, dtype=torch.float64), noise, start]
+    steps = [normal(1, k, k), normal(2, k, 1) * (noise != 0), normal(3, k, k) * (start != 0)]
+    with mp.workdps(80):
+        roots = []
+        for sign in (1, -1):
+            drift, source, spread = (
+                x.numpy().astype(object) + sign * mp.mpf(10) ** -30 * h.numpy().astype(object)
+                for x, h in zip(leaves, steps, strict=True)
+            )
+            roots.append(precise_kernel(drift, source @ source.T, spread @ spread.T, mp.mpf(b))[1])
+        exact = np.array(((roots[0] - roots[1]) * mp.mpf(10) ** 30 / 2).tolist(), dtype=float)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    phi, root = ou_transition(leaves[0], leaves[1], torch.tensor(b, dtype=torch.float64))
+    root = sqrt_sum(phi @ leaves[2], root)
+    for i in range(k):
+        for j in range(i + 1):
+            grads = torch.autograd.grad(root[i, j], leaves, retain_graph=True)
+            value = sum(float((x * h).sum()) for x, h in zip(grads, steps, strict=True))
+            assert abs(value - exact[i, j]) < 1e-13 * max(abs(exact[i, j]), float(root[i, i].detach())), (i, j)
 
 
 def _rotation(t: Tensor) -> Tensor:

@@ -32,15 +32,18 @@ def ode_kernels(
 
 
 def precise_kernel(a: np.ndarray, diffusion: np.ndarray, start: np.ndarray, b: float) -> tuple[mp.matrix, mp.matrix]:
-    """Phi and lower Cholesky root for dz = A z db + g dw, gg' = ``diffusion``, over clock b: Van Loan in 80 digits."""
+    """Phi and lower Cholesky root for dz = A z db + g dw, gg' = ``diffusion``, over clock b: Van Loan in 80 digits.
+
+    Entries of the matrices may be floats or mpmath numbers (arrays of objects).
+    """
     k = a.shape[0]
     with mp.workdps(80):
         block = mp.zeros(2 * k, 2 * k)
         for i in range(k):
             for j in range(k):
-                block[i, j] = mp.mpf(float(a[i, j])) * b
-                block[i, k + j] = mp.mpf(float(diffusion[i, j])) * b
-                block[k + i, k + j] = -mp.mpf(float(a[j, i])) * b
+                block[i, j] = mp.mpf(a[i, j]) * b
+                block[i, k + j] = mp.mpf(diffusion[i, j]) * b
+                block[k + i, k + j] = -mp.mpf(a[j, i]) * b
         full = mp.expm(block, method="taylor")
         phi = full[:k, :k]
         cov = full[:k, k:] * phi.T + phi * mp.matrix(start.tolist()) * phi.T

@@ -40,7 +40,8 @@ from torch import Tensor
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from undrift._linalg import Interpolant, psd_sqrt, sqrt_sum
+from undrift._interpolant import Interpolant
+from undrift._linalg import psd_sqrt, sqrt_sum
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import LinearProcess, mix
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from undrift._linalg import Interpolant
+from undrift._interpolant import Interpolant
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import mix
 from undrift.sample.plan import Nodes, Sampler
