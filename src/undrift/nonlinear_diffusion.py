@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from undrift.process.local import LocalGaussian, _derivatives, local_gaussian, local_pairs
+from undrift.process.local import local_gaussian, local_pairs
 from undrift.process.nonlinear import NonlinearRecipe, _apply
 
 __all__ = ["NonlinearDiffusion"]
@@ -126,7 +126,7 @@ class NonlinearDiffusion:
             steps: number of steps, at least 1.
             generator: source of all randomness, on the network's device.
             start: draws (n, dim) from the stationary law. If not given, standard normal points are run for 4 T by
-                local steps of T/100; give draws where that is too short, or does not reach every mode.
+                local steps of T/25; give draws where that is too short, or does not reach every mode.
             dtype: of the state, where no start is given.
             condition: passed to the network.
 
@@ -150,8 +150,8 @@ class NonlinearDiffusion:
         z = start
         if z is None:
             z = torch.empty(shape, dtype=dtype, device=generator.device).normal_(generator=generator)
-            for _ in range(400):
-                z = walk(self.process, z, 0.01 * self.horizon)
+            for _ in range(100):
+                z = walk(self.process, z, 0.04 * self.horizon)
         ends = self.level(torch.tensor([self.horizon, 0.0], dtype=torch.float64))
         levels = torch.linspace(float(ends[0]), float(ends[1]), steps + 1, dtype=torch.float64)
         times = ((levels.square() - self.resolution**2) / self.rate).clamp(min=0).tolist()
@@ -181,46 +181,83 @@ class NonlinearDiffusion:
     ) -> Tensor:
         r"""One-sample estimates of a lower bound of log p(x), in nats, (batch,).
 
-        With :math:`\pi = e^{-H}/Z`, and g the local Gaussian's gradient, which stands for :math:`\nabla \log p_t`,
+        With :math:`\pi = e^{-H}/Z`, :math:`r_\theta = s_\theta + \nabla H` the departure, and g the local Gaussian's
+        gradient, which stands for :math:`\nabla \log p_t`,
 
         .. math::
-            -\text{ELBO}(x) = \log Z + E\,H(y_T) + \int_0^T E\Big[ s^\top D s - 2\, s^\top D g
-                + \nabla \cdot \big((D + Q) \nabla H\big) \Big]\, dt
+            \text{ELBO}(x) = \log \pi(x) - \int_0^T E\big[ r_\theta^\top D\, r_\theta
+                - 2\, r_\theta^\top D\, (g + \nabla H) \,\big|\, x \big]\, dt
 
-        (Girsanov, with the change of entropy along the process written out; :math:`\nabla \cdot f - \nabla \cdot \nabla
-        \cdot D` is minus the last term). In expectation over data it exceeds their entropy by
-        :math:`KL(p_T \| \pi) + \int E\|s - \nabla \log p_t\|_D^2 dt`. For :math:`s = -\nabla H` it is
-        :math:`H(x) + \log Z`, whatever D, Q and T. Exact up to the weak error of the local steps; no lower limit of the
-        integral is needed, since pairs :math:`\mu \pm L\xi` cancel what diverges in g.
+        By Girsanov, :math:`-\text{ELBO} = -E \log \pi(y_T) + \int E[s^\top D s - 2 s^\top D g - \nabla \cdot f +
+        \nabla \cdot \nabla \cdot D]\,dt` for any score s; at :math:`s = -\nabla H` the model is the stationary process
+        reversed, and the bound equals :math:`\log \pi(x)` at every x. The difference of the two has neither a terminal
+        term nor a divergence, and no variance where the network says nothing. In expectation over data,
+        -ELBO exceeds their entropy by :math:`KL(p_T \| \pi) + \int E\|s_\theta - \nabla \log p_t\|_D^2\, dt`.
+
+        Exact up to the weak error of the local steps. The integral starts at 0, since pairs :math:`\mu \pm L\xi`
+        cancel what diverges in g; data must have a density.
 
         Args:
             x: data (batch, dim).
-            log_z: log of the integral of exp(-H).
+            log_z: log Z, the logarithm of the integral of exp(-H).
             generator: source of all randomness, on x's device.
             visits: times at which the integrand is evaluated along each path.
-            step, lag: see :func:`undrift.process.local_pairs`.
-            condition: passed to the network.
+            step, lag: longest step of the simulation, and the step that is matched.
+            condition: passed to the network; as many copies of each tensor of size batch as there are evaluations.
         """
-        batch = x.shape[0]
-        u = torch.rand(batch, generator=generator, dtype=torch.float64, device=x.device)
-        cells = torch.arange(visits, dtype=torch.float64, device=x.device).unsqueeze(-1)
-        t = torch.cat([self.times((cells + u) / visits), torch.full_like(u, self.horizon).unsqueeze(0)])
-        local = local_pairs(self.process, x, t, t.clamp(max=lag), step, generator)
-        noise = torch.empty_like(local.mean).normal_(generator=generator)
-        last = LocalGaussian(local.mean[-batch:], local.root[-batch:]).draw(noise[-batch:])
-        body = LocalGaussian(local.mean[:-batch], local.root[:-batch])
-        noise, t = noise[:-batch], t[:-1]
-        target = body.target(noise)
+        u = torch.rand(x.shape[0], generator=generator, dtype=torch.float64, device=x.device)
+        gain = self.matching(x, u, generator, visits, step, lag, **condition)[0]
+        return -(log_z + self.process.energy(x)) - gain.mean(0)
 
-        def flow(z: Tensor) -> Tensor:
-            return self.process.correction(z) - self.process.drift(z)
+    def matching(
+        self,
+        x: Tensor,
+        u: Tensor,
+        generator: torch.Generator,
+        visits: int,
+        step: float,
+        lag: float,
+        growth: float = 0.0,
+        pairs: bool = True,
+        ito: bool = True,
+        likelihood: bool = True,
+        **condition: Any,
+    ) -> tuple[Tensor, Tensor]:
+        r"""The integrand of :meth:`elbo` at times along paths from x: what local score matching minimises.
 
-        rate: Tensor = torch.zeros((), dtype=x.dtype, device=x.device)
-        for sign in (1, -1):
-            z = body.draw(sign * noise)
-            s = self.score(z, t.flatten(), **condition)
-            ds = _apply(self.process.matrices(z)[0], s)
-            spread = _derivatives(flow, z, z.new_empty(len(z), z.shape[1], 0))[1].diagonal(dim1=1, dim2=2).sum(-1)
-            rate = rate + 0.5 * (((s - 2 * sign * target) * ds).sum(-1) + spread)
-        path = (rate.reshape(visits, batch) * self.spacing(t).to(x)).mean(0)
-        return -(log_z + self.process.energy(last) + path)
+        With ``likelihood``, :math:`\big(r^\top D r - 2 r^\top D (g + \nabla H)\big)\, dt/du`, summed over coordinates;
+        without, :math:`\varsigma_t^2 \big(\frac12 \|r\|^2 - r \cdot (g + \nabla H)\big)`.
+
+        Args:
+            x: data (batch, dim).
+            u: where in its slice a path's times stand, in [0, 1), (batch,), float64.
+            generator: source of the noise, on x's device.
+            visits, step, lag, growth, pairs, ito: see :class:`undrift.train.LocalScoreMatching`.
+            condition: passed to the network; tensors of size batch go along with their path.
+
+        Returns:
+            values and levels, (visits, batch).
+        """
+        batch, dim = x.shape[0], self.process.dim
+        if x.shape != (batch, dim):
+            raise ValueError(f"NonlinearDiffusion: data must be (batch, {dim}), got {tuple(x.shape)}.")
+        with torch.no_grad():
+            cells = torch.arange(visits, dtype=torch.float64, device=x.device).unsqueeze(-1)
+            times = self.times((cells + u) / visits)
+            local = local_pairs(
+                self.process, x, times, torch.minimum(lag + growth * times, times), step, generator, ito
+            )
+            noise = torch.empty_like(local.mean).normal_(generator=generator)
+            other = -noise if pairs else torch.empty_like(noise).normal_(generator=generator)
+            z = torch.cat([local.draw(noise), local.draw(other)])
+            target = torch.cat([local.target(noise), local.target(other)]) - self._slope(z)
+            t = times.flatten().repeat(2)
+            weight = (self.spacing(t) if likelihood else self.level(t).square()).to(x)
+        many = {
+            k: v.repeat(2 * visits, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim and len(v) == batch else v
+            for k, v in condition.items()
+        }
+        r = self.departure(z, t, **many)
+        dual = 2 * _apply(self.process.matrices(z)[0], r) if likelihood else r
+        value = weight * (dual * (0.5 * r - target)).sum(-1)
+        return value.reshape(2, visits, batch).mean(0), self.level(times).to(x)

@@ -2,7 +2,8 @@ r"""Exact laws of one-dimensional processes: finite volumes, and the exponential
 
 For :math:`dz = f\,dt + \sqrt{2D}\,dw` with stationary law :math:`\propto e^{-H}` the Fokker-Planck equation is
 :math:`\partial_t p = \partial_x \big(D e^{-H} \partial_x (p e^{H})\big)`: neither drift, correction nor simulation
-appears. Fluxes between cells keep mass and the stationary law exactly; :math:`e^{H/2} A e^{-H/2}` is symmetric and tridiagonal.
+appears. Fluxes between cells keep mass and the stationary law exactly, and
+:math:`e^{H/2} A e^{-H/2}` is symmetric and tridiagonal.
 """
 
 from __future__ import annotations

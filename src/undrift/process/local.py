@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undrift._linalg import gauss_legendre, psd_sqrt
+from undrift._linalg import gauss_legendre, psd_sqrt, sqrt_sum
 from undrift.process.nonlinear import Field, NonlinearRecipe, _matrix_field
 
 __all__ = ["LocalGaussian", "local_gaussian", "local_pairs"]
@@ -63,7 +63,8 @@ class LocalGaussian(NamedTuple):
         Raises:
             ValueError: where a covariance is singular, and the law has no density.
         """
-        flat = (self.root.diagonal(dim1=-2, dim2=-1) == 0).nonzero()
+        width = torch.linalg.vector_norm(self.root, dim=-1)
+        flat = (self.root.diagonal(dim1=-2, dim2=-1) <= 1e-14 * width).nonzero()  # 0 but for rounding
         if len(flat):
             sample, coordinate = flat[0].tolist()
             raise ValueError(
@@ -98,10 +99,11 @@ def _derivatives(drift: Field, y: Tensor, directions: Tensor) -> tuple[Tensor, T
     return f.detach(), jacobian.detach(), bend.squeeze(-1).detach()
 
 
-def _flow(m: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r""":math:`\varphi_1(m), \varphi_2(m)` for m = hJ, and :math:`\Sigma`; all (batch, dim, dim).
+def _flow(m: Tensor, noise: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r""":math:`\varphi_1(m), \varphi_2(m)` for m = hJ, and the lower root of :math:`\Sigma`; all (batch, dim, dim).
 
-    A Taylor series where the norm is at most 1/2, Gauss-Legendre for the integral, then doublings of the step.
+    A Taylor series where the norm is at most 1/2, Gauss-Legendre for the integral, then doublings of the step. The
+    covariance is never formed: noise on one coordinate of three leaves it with entries from h to h^5.
     """
     reach = float(m.abs().sum(-1).max())
     doublings = max(0, math.ceil(math.log2(2 * reach))) if reach > 0 else 0
@@ -120,14 +122,14 @@ def _flow(m: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inside = nodes.unsqueeze(-1) ** n * rows[0]
     phi, one, two, *at_nodes = torch.tensordot(torch.cat([torch.stack(rows), inside]), series, 1)
     flows = torch.stack(at_nodes)
-    scale = (h / 2**doublings)[:, None, None]
-    cov = scale * torch.einsum("n,nbij,bjk,nblk->bil", weights, flows, a, flows)
+    columns = (h / 2**doublings * weights.unsqueeze(-1)).sqrt()[..., None, None] * (flows @ noise)
+    root = sqrt_sum(columns.movedim(0, -2).flatten(-2))
     for _ in range(doublings):
-        cov = cov + phi @ cov @ phi.mT
+        root = sqrt_sum(root, phi @ root)
         two = 0.25 * (phi @ two + one + two)
         one = 0.5 * (phi @ one + one)
         phi = phi @ phi
-    return one, two, cov
+    return one, two, root
 
 
 def local_gaussian(
@@ -166,19 +168,18 @@ def local_gaussian(
         )
     step = step.expand(y.shape[0])
     with torch.no_grad():
-        a = 2 * _matrix_field(diffusion)(y)
-        root = psd_sqrt(a)
-    root = root[..., (root != 0).any(0).any(0)] if ito else root[..., :0]
-    f, jacobian, bend = (v.double() for v in _derivatives(drift, y, root))
+        noise = psd_sqrt(2 * _matrix_field(diffusion)(y))
+        noise = noise[..., (noise != 0).any(0).any(0)]
+    f, jacobian, bend = (v.double() for v in _derivatives(drift, y, noise if ito else noise[..., :0]))
     bad = ~torch.cat([f.unsqueeze(-1), jacobian, bend.unsqueeze(-1)], -1).isfinite().all(-1).all(-1)
     if bool(bad.any()):
         raise FloatingPointError(
             f"local_gaussian: the drift or a derivative of it is not finite at z = {y[int(bad.nonzero()[0])].tolist()}."
         )
-    one, two, cov = _flow(step[:, None, None] * jacobian, a.double(), step)
+    one, two, root = _flow(step[:, None, None] * jacobian, noise.double(), step)
     step = step.unsqueeze(-1)
     shift = step * (one @ f.unsqueeze(-1)).squeeze(-1) + step.square() * (two @ (0.5 * bend).unsqueeze(-1)).squeeze(-1)
-    return LocalGaussian(y + shift.to(y), psd_sqrt(cov).to(y))
+    return LocalGaussian(y + shift.to(y), root.to(y))
 
 
 def local_pairs(

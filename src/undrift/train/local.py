@@ -5,15 +5,15 @@ A path is simulated from the data to :math:`y_s`; the local Gaussian :math:`N(\m
 :math:`y_t = \mu + L \xi` is an unbiased target of the score of the law of :math:`y_t`. What is minimised is
 
 .. math::
-    \tfrac12 \|s_\theta\|^2 - s_\theta \cdot g = \tfrac12 \|s_\theta - g\|^2 - \tfrac12 \|g\|^2
+    \tfrac12 \|s_\theta - g\|^2 - \tfrac12 \|{-\nabla H} - g\|^2
+        = \tfrac12 \|r_\theta\|^2 - r_\theta \cdot (g + \nabla H), \qquad s_\theta = -\nabla H + r_\theta
 
-whose mean is :math:`\frac12 E\|s_\theta - \nabla \log p_t\|^2 - \frac12 E\|\nabla \log p_t\|^2`, and negative once
-something is learned. The term left out has nothing to learn from, mean :math:`\operatorname{tr} \Sigma^{-1}/2`, and a
-variance that would drown the rest.
+the error less that of the stationary law's score: 0 where the network says nothing, negative once it has learned. What
+is left out has nothing to learn from, and a variance that would drown the rest.
 
 **The step h.** The variance of g is :math:`\Sigma^{-1} \sim 1/h`, the bias of the local law grows with h. Pairs
-:math:`\mu \pm L \xi` remove the conflict. Over a pair g changes its sign, and :math:`-s \cdot g` averages to
-:math:`\frac12 (s_+ - s_-) \cdot L^{-\top} \xi`, which tends to :math:`(L \xi)^\top (\nabla s) L^{-\top} \xi` as h goes
+:math:`\mu \pm L \xi` remove the conflict. Over a pair g changes its sign, and :math:`-r \cdot g` averages to
+:math:`\frac12 (r_+ - r_-) \cdot L^{-\top} \xi`, which tends to :math:`(L \xi)^\top (\nabla r) L^{-\top} \xi` as h goes
 to 0: Hutchinson's estimate of the divergence in implicit score matching, of finite variance. No divergence is taken,
 and no derivative of the network but that of the loss. Without pairs, take h larger, and let it grow with t.
 """
@@ -28,8 +28,6 @@ import torch
 from torch import Tensor
 
 from undrift.nonlinear_diffusion import NonlinearDiffusion
-from undrift.process.local import local_pairs
-from undrift.process.nonlinear import _apply
 from undrift.train.levels import stratified
 from undrift.train.objectives import Objective
 
@@ -45,9 +43,9 @@ class LocalScoreMatching(Objective):
     local steps without the network, and 2 visits evaluations of the network for each sample (one call).
 
     * "uniform": weight :math:`\varsigma_t^2`, which is unit weight on the error of the raw network;
-    * "likelihood": :math:`\frac12 \|\cdot\|^2` in the norm of :math:`GG^\top = 2 D(y_t)`, integrated over t: up to a
-      constant, the ELBO's path term per coordinate. Coordinates without noise are not trained: the way back does not
-      use them.
+    * "likelihood": :math:`\frac12 \|\cdot\|^2` in the norm of :math:`GG^\top = 2 D(y_t)`, integrated over t: the mean
+      over data of :math:`\log \pi(x) - \text{ELBO}(x)`, in nats per coordinate, where :math:`\pi` is the stationary
+      law (:meth:`NonlinearDiffusion.elbo`). Coordinates without noise are not trained: the way back does not use them.
 
     Args:
         weighting: one of the above.
@@ -98,32 +96,20 @@ class LocalScoreMatching(Objective):
                 f"LocalScoreMatching: trains a NonlinearDiffusion, got a {type(model).__name__}; Denoising trains "
                 "denoisers and NoiseMatching NoiseDiffusions."
             )
-        batch, dim = x.shape[0], model.process.dim
-        if x.shape != (batch, dim):
-            raise ValueError(f"LocalScoreMatching: data must be (batch, {dim}), got {tuple(x.shape)}.")
-        with torch.no_grad():
-            cells = torch.arange(self.visits, dtype=torch.float64, device=x.device).unsqueeze(-1)
-            times = model.times((cells + stratified(batch, generator)) / self.visits)
-            lag = torch.minimum(self.lag + self.growth * times, times)
-            local = local_pairs(model.process, x, times, lag, self.step, generator, self.ito)
-            noise = torch.empty_like(local.mean).normal_(generator=generator)
-            other = -noise if self.pairs else torch.empty_like(noise).normal_(generator=generator)
-            z = torch.cat([local.draw(noise), local.draw(other)])
-            target = torch.cat([local.target(noise), local.target(other)])
-            t = times.flatten().repeat(2)
-            level = model.level(t).to(x)
-        repeats = 2 * self.visits
-        many = {
-            k: v.repeat(repeats, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim and len(v) == batch else v
-            for k, v in condition.items()
-        }
-        s = model.score(z, t, **many)
-        if self.weighting == "likelihood":
-            dual = 2 * _apply(model.process.matrices(z)[0], s)
-            weight = model.spacing(t).to(x)
-        else:
-            dual, weight = s, level.square()
-        value = weight * (dual * (0.5 * s - target)).mean(-1)
-        value = value.reshape(2, self.visits, batch).mean(0)
+        likelihood = self.weighting == "likelihood"
+        value, level = model.matching(
+            x,
+            stratified(x.shape[0], generator),
+            generator,
+            self.visits,
+            self.step,
+            self.lag,
+            self.growth,
+            self.pairs,
+            self.ito,
+            likelihood,
+            **condition,
+        )
+        value = value / model.process.dim
         worst = value.detach().abs().argmax(0, keepdim=True)
-        return value.mean(0), level[: self.visits * batch].reshape(self.visits, batch).gather(0, worst).squeeze(0)
+        return value.mean(0), level.gather(0, worst).squeeze(0)
