@@ -99,3 +99,51 @@ COV_BY_FRICTION = (-0.03207935039, -0.05920041936, 0.09340396984)
 
 # T20. Clock values at which roots are compared with 50-digit arithmetic.
 CLOCKS = (1e-6, 1.005e-5, 1.0495e-4, 1.495e-3, 0.0595, 1.2875, 5.05, 20.0)
+
+# T11. x ~ N(0.3, 0.7^2), exact score, momenta from 0.01, lin(0.1, 10), no truncation.
+DATA_MEAN, DATA_STD = 0.3, 0.7
+ENTROPY, LOG_P = 1.0622635892659402, -0.9296105280414506  # H(x), log p(0.9)
+BOUND_AT = {"VP": -0.9310566713534589, "CLD": -0.9301873202701874, "ALDA": -0.9566031587104407,
+            "MALDA": -0.9296283478554477, "FOUR": -0.9296136213985}  # at x = 0.9, prior N(0, S)
+PRIOR_GAP = {"VP": 2.910970384718e-4, "CLD": 1.170682138224e-4, "ALDA": 1.308487235902e-2, "MALDA": 3.566206637e-6,
+             "FOUR": 7.597067e-7}
+SCALED_GAP = {"VP": 0.02880037886877, "CLD": 0.12757755094919, "ALDA": 0.09879699655288, "MALDA": 0.25161790724232,
+              "FOUR": 0.49066605090992}  # with the score times 1.1
+
+# T12. Mean gap above H(x) with the integral cut at eps: (process, eps, none, joint, data-only, tau^2).
+TRUNCATION = (
+    ("VP", 1e-3, 3.457080e-4, 2.9110850506e-4, 2.9110850506e-4, 1.049555e-4),
+    ("VP", 0.1, 2.948319e-2, 3.6326809506e-3, 3.6326809506e-3, 6.130576e-2),
+    ("CLD", 1e-3, 2.047277e-2, 5.3427266583e-4, 1.1706821383e-4, 1.494947e-12),
+    ("CLD", 1e-2, 0.2320636, 4.7594409188e-2, 1.1706821382e-4, 3.208664e-9),
+    ("CLD", 0.1, 1.5444041, 1.1812930479, 1.1707465838e-4, 7.868089e-5),
+    ("MALDA", 1e-3, 4.071497e-2, 8.3797511066e-4, 3.56620664e-6, 2.989894e-12),
+    ("MALDA", 1e-2, 0.4638967, 9.4958248156e-2, 3.56620664e-6, 6.417326e-9),
+    ("FOUR", 1e-2, 0.3862175, 5.5509646212e-2, 1.4717588e-6, 8.278864e-4),
+)
+TRUNCATED_AT = {  # x = 0.9, eps = 1e-3: without a decoder, and with the joint one
+    "CLD": (-0.9505430237135881, -0.9306045247222099), "VP": (-0.9311396898679873, -0.9310566889034939),
+}  # fmt: skip
+
+# T13. The prior's own score: - E ELBO is E[-log pi_z(x)] + KL(q(v_0) || pi_v), whatever Q, D, beta.
+PRIOR_SCORE = {"VP": 1.2089385332047, "CLD": 3.0165236261987, "CLD M=1/4": 2.3383764456388, "ALDA": 4.8241087191928,
+               "MALDA": 4.8241087191928, "FOUR": 5.9560466316269}
+
+# T14. Q = omega [[0, -1], [1, 0]], D = diag(0, Gamma), S = I, x ~ N(0, 0.49), score -diag(0.5, 2) y:
+# (Gamma, omega, - E ELBO, its derivatives).
+PROCESS_GRADIENT = (
+    (2.0, 1.0, 10.826031665779, 5.066796287167, -0.069993822411),
+    (1.3, 0.8, 7.297277460688, 5.070144247283, -0.157220793865),
+)
+PROCESS_GRADIENT_PRIOR = 2.9715236261987  # with the prior's score, at both
+
+# T15. Times in proportion to tr(GG' S^-1) on [1e-3, 1].
+TIME_QUANTILES = {0.1: 0.00367505265648, 0.25: 0.0188792693954, 0.5: 0.145959881781, 0.75: 0.575161211338,
+                  0.9: 0.848588670042}  # VP
+TIME_TOTAL_VP = 14.2055440748
+TIME_ADAPTED = {"CLD": (51.98870481922, 0.1889149144), "ALDA": (67.1089882, 0.0997125316),
+                "MALDA": (76.06371355280, 0.3364691970)}  # integral and median
+
+# 8.2. Standard deviation over draws of the bound per coordinate, T11's setting at eps = 1e-3: uniform times, times by
+# VP's density, and with a control variate.
+ESTIMATOR_STD = {"VP": (25.0, 7.7, 3.5), "CLD": (77.0, 24.0, 15.5), "MALDA": (71.0, 30.0, 15.8)}

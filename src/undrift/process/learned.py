@@ -214,9 +214,9 @@ class LearnedProcess(nn.Module, RecipeProcess):
 
     def _add(self, name: str, value: Tensor, part: str) -> None:
         if part in self.learn and value.numel():
-            self.register_parameter(name, nn.Parameter(value.clone()))
+            self.register_parameter(name, nn.Parameter(value.clone(memory_format=torch.contiguous_format)))
         else:
-            self.register_buffer(name, value.clone())
+            self.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
 
     def _above_floor(self, name: str, m: Tensor) -> Tensor:
         """Root of m - floor I."""

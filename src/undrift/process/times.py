@@ -146,7 +146,7 @@ class LogSnrTimes(_Tabulated):
 
 
 def earliest(process: LinearProcess, sigma: float) -> float:
-    """The time at which the noise level is ``sigma``, to about a percent: where a bound's decoder may take over.
+    """The time at which the noise level is ``sigma``, to within a tenth: where a bound's decoder may take over.
 
     :meth:`LinearProcess.time` is exact, and too slow to ask at every step of a process that changes.
 
