@@ -16,6 +16,7 @@ from undrift.denoise import NetworkDenoiser
 from undrift.networks import MLP
 from undrift.pixels import quantise
 from undrift.process import CLD, VP, InformationTimes, LearnedProcess, LinearClock, LogSnrTimes, UniformTimes
+from undrift.sample import Exponential
 from undrift.train import (
     Denoising,
     Dequantised,
@@ -183,11 +184,21 @@ def test_a_learned_process_is_saved_loaded_and_sampled(tmp_path):
     assert not any(p.requires_grad for p in back.process.parameters())
     for a, b in zip(back.process.terms(), fit.model.process.terms(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)  # roots are taken anew: the last bit may differ
-    torch.testing.assert_close(sample(back, 8, (2,), seed=0), sample(fit.model, 8, (2,), seed=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sample(back, 8, (2,), Exponential(8), seed=0),
+        sample(fit.model, 8, (2,), Exponential(8), seed=0),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     # and without anything to learn
     save(tmp_path / "frozen.safetensors", Diffusion(back.process.frozen(), back.denoiser))
     frozen = load(tmp_path / "frozen.safetensors")
-    torch.testing.assert_close(sample(frozen, 8, (2,), seed=0), sample(back, 8, (2,), seed=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sample(frozen, 8, (2,), Exponential(8), seed=0),
+        sample(back, 8, (2,), Exponential(8), seed=0),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     assert elbo(back, Ring(n=50).load().x).elbo.isfinite().all()
 
 
