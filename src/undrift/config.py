@@ -6,8 +6,9 @@ subclasses that are in memory: nothing is ever imported because a file says so.
 
     build({"type": "PSLD", "gamma": 0.02, "clock": {"type": "ConstantClock", "rate": 4.0}}, LinearProcess)
 
-A name alone stands for its defaults: ``build("VP", LinearProcess)``. Every error names the place, what stood there, and
-what would be allowed.
+A name alone stands for its defaults: ``build("VP", LinearProcess)``. It may go without capitals and without the noun of
+its family: where a LinearProcess is expected, "learned" is LearnedProcess. Every error names the place, what stood
+there, and what would be allowed.
 """
 
 from __future__ import annotations
@@ -181,6 +182,8 @@ def _build_object(data: Any, expected: type, place: str) -> Any:
     if name is None:
         raise ConfigError(f"{where}needs a key 'type': one of {', '.join(members)}.")
     if name not in members:
+        name = _in_full(str(name), expected, members)
+    if name not in members:
         near = _near(str(name), members)
         raise ConfigError(f"{place + '.' if place else ''}type: unknown {name!r}{near}; one of {', '.join(members)}.")
     cls = members[name]
@@ -201,6 +204,13 @@ def _build_object(data: Any, expected: type, place: str) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}{error}") from error
+
+
+def _in_full(name: str, base: type, members: Mapping[str, Any]) -> str:
+    """The member that a short name means, or the name itself if that is none, or more than one."""
+    noun = re.sub(".*(?=[A-Z])", "", base.__name__)
+    found = [m for m in members if m.lower() in (name.lower(), (name + noun).lower())]
+    return found[0] if len(found) == 1 else name
 
 
 def _near(name: str, options: Mapping[str, Any]) -> str:

@@ -30,7 +30,8 @@ def parse(command: type, argv: Sequence[str]) -> tuple[Any, bool]:
     Args:
         command: its dataclass.
         argv: ``--config FILE``, ``--print-config``, and ``--key value`` or ``--key=value``; a key that is true or
-            false may stand alone, and so may the value of the first key of a command that requires it.
+            false may stand alone, and so may the value of the command's first key if that has no default, or null.
+            Words within a key may be joined by dashes as well.
 
     Raises:
         ConfigError: naming the flag or the place in the file, and what is allowed there.
@@ -40,7 +41,7 @@ def parse(command: type, argv: Sequence[str]) -> tuple[Any, bool]:
     print_config = False
     tokens = list(argv)
     first, (_, default) = next(iter(schema(command).items()))
-    if tokens and not tokens[0].startswith("-") and default is _NONE:
+    if tokens and not tokens[0].startswith("-") and (default is _NONE or default is None):
         flags.append((first, tokens.pop(0)))
     while tokens:
         token = tokens.pop(0)
@@ -50,6 +51,7 @@ def parse(command: type, argv: Sequence[str]) -> tuple[Any, bool]:
         if key == "print-config" and not has_value:
             print_config = True
             continue
+        key = key.replace("-", "_")
         if not has_value:
             if tokens and not tokens[0].startswith("--"):
                 value = tokens.pop(0)
@@ -124,7 +126,7 @@ def help_text(name: str, command: type) -> str:
     """Keys of a command, with types, defaults and allowed names, from its schema and its docstring."""
     summary, documented = _docstring(command)
     first, (_, required) = next(iter(schema(command).items()))
-    word = f" {first.upper()}" if required is _NONE else ""
+    word = f" {first.upper()}" if required is _NONE else f" [{first.upper()}]" if required is None else ""
     lines = [summary, "", f"usage: undrift {name}{word} [--config FILE] [--key value ...] [--print-config]", ""]
     seen: dict[str, type] = {}
     for key, (annotation, default) in schema(command).items():

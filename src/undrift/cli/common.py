@@ -1,7 +1,8 @@
-"""What the commands share: folders that are never overwritten by accident, models and their notes, image ranges."""
+"""What the commands share: folders that are never overwritten by accident, models and their notes."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from undrift.cli.arguments import to_yaml
@@ -16,11 +18,24 @@ from undrift.config import ConfigError, describe
 from undrift.denoise import NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process import VP, LinearProcess
-from undrift.report import label, samples_figure, write_bytes, write_npz, write_provenance
+from undrift.report import Tones, label, samples_figure, write_bytes, write_npz, write_provenance
 from undrift.sample import ProbabilityFlow, Sampler, TableSampler
-from undrift.train import Dataset, load, notes
+from undrift.train import Dataset, DataSource, Dequantised, load, notes
 
-__all__ = ["Checkpoint", "Clock", "begin", "diffusion_of", "draw_classes", "finish", "keep_samples", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Clock",
+    "begin",
+    "check_applies",
+    "check_data",
+    "check_pixels",
+    "dequantised_flag",
+    "diffusion_of",
+    "draw_classes",
+    "finish",
+    "keep_samples",
+    "open_checkpoint",
+]
 
 
 class Clock:
@@ -78,9 +93,9 @@ class Checkpoint:
         return tuple(self.notes["event"])
 
     @property
-    def range(self) -> tuple[float, float]:
-        """The values of the data that stand for black and white."""
-        return float(self.notes.get("low", -1.0)), float(self.notes.get("high", 1.0))
+    def tones(self) -> Tones:
+        """How the values of its samples show."""
+        return Tones.read(self.notes)
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -92,7 +107,7 @@ class Checkpoint:
         if isinstance(self.model, NoiseDiffusion):
             raise ConfigError(
                 f"run: {self.path} predicts the noise of {label(self.model.process)} and of no other process; "
-                "a denoiser (objective Denoising) serves them all."
+                "a denoiser serves them all."
             )
         if isinstance(self.model, Diffusion):
             inner = self.model.denoiser
@@ -154,24 +169,22 @@ def keep_samples(
     x: Tensor,
     diffusion: Diffusion | NoiseDiffusion,
     sampler: Sampler,
-    checkpoint_range: tuple[float, float],
+    tones: Tones,
     seed: int,
 ) -> None:
-    """``stem``.npz and ``stem``.png: samples in the range of the data with their settings, and a picture of them."""
-    low, high = checkpoint_range
+    """``stem``.npz and ``stem``.png: samples as the model makes them with their settings, and a picture of them."""
     settings: dict[str, Any] = {
         "process": describe(diffusion.process),
         "sampler": describe(sampler),
         "process_name": label(diffusion.process),
         "sampler_name": label(sampler),
         "seed": seed,
-        "low": low,
-        "high": high,
+        **tones.notes,
     }
     if isinstance(sampler, TableSampler):
         settings["calls"] = sampler.plan(diffusion.process).calls
     write_npz(out / f"{stem}.npz", x, settings)
-    write_bytes(out / f"{stem}.png", samples_figure(x, low, high))
+    write_bytes(out / f"{stem}.png", samples_figure(x, tones))
 
 
 def check_applies(sampler: Sampler, process: LinearProcess) -> None:
@@ -189,10 +202,28 @@ def check_applies(sampler: Sampler, process: LinearProcess) -> None:
         raise ConfigError(f"sampler: {error}") from error
 
 
-def check_event(data: Dataset, checkpoint: Checkpoint, place: str) -> None:
-    """Raise ConfigError if data and model are of different shapes."""
+def check_data(data: Dataset, source: DataSource, checkpoint: Checkpoint, place: str) -> None:
+    """Raise ConfigError if data and model are of different shapes, or of pixels read in different ways."""
     if data.event != checkpoint.event:
         raise ConfigError(
             f"{place}: points of {data.name} have shape {data.event}, the model of {checkpoint.path} makes "
             f"{checkpoint.event}; give the data it was trained on, or another model."
         )
+    check_pixels(data, source, checkpoint.tones, place, f"the model of {checkpoint.path}")
+
+
+def check_pixels(data: Dataset, source: DataSource, tones: Tones, place: str, what: str) -> None:
+    """Raise ConfigError if ``what``, with these tones, is of dequantised pixels and the data are not such pixels."""
+    if tones.pixels is not None and tones.pixels != Tones.of(data).pixels:
+        raise ConfigError(
+            f"{place}: {what} is of dequantised pixels, and {data.name} is read in another way; give "
+            f"{dequantised_flag(source, tones.pixels, place)}."
+        )
+
+
+def dequantised_flag(source: DataSource, pixels: Mapping[str, Any], place: str) -> str:
+    """The flag that reads a source as pixels."""
+    inner = source.source if isinstance(source, Dequantised) else source
+    value = {"type": "Dequantised", "source": describe(inner), **pixels}
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    return f"--{place} {shlex.quote(text)}"

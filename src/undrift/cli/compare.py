@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from undrift.cli.common import Checkpoint, Clock, begin, check_event, finish, keep_samples, open_checkpoint
+from undrift.cli.common import Checkpoint, Clock, begin, check_data, finish, keep_samples, open_checkpoint
 from undrift.cli.judge import Judge, memorisation
 from undrift.config import ConfigError
 from undrift.diffusion import Diffusion
@@ -73,6 +73,10 @@ class CompareRun:
                 raise ConfigError(f"{name}: expected at least one, got an empty list.")
         if min(self.calls) < 1:
             raise ConfigError(f"calls: expected numbers of at least 1, got {self.calls}.")
+        names = [label(p) for p in self.processes]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ConfigError(f"processes: {name} is there twice; a row of the comparison goes by its name.")
         for name, least in (("repeats", 1), ("batch", 1), ("seed", 0), *((("n", 2),) if self.n is not None else ())):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}.")
@@ -83,7 +87,9 @@ class CompareRun:
         checkpoint.denoiser  # noqa: B018 - says now if the model serves one process only
         data = self.data.load()
         holdout = None if self.holdout is None else self.holdout.load()
-        check_event(data, checkpoint, "data")
+        check_data(data, self.data, checkpoint, "data")
+        if holdout is not None and self.holdout is not None:
+            check_data(holdout, self.holdout, checkpoint, "holdout")
         work, refused = plan_cells(self.processes, self.samplers, self.calls)
         out = checkpoint.path.parent / "compare" if self.out is None else Path(self.out)
         old = ("comparison.jsonl", "comparison.json", "report.html")
@@ -153,7 +159,7 @@ def compare_into(
         diffusion = Diffusion(cell.process, denoiser)
         x = sample(diffusion, max(size, 64), checkpoint.event, cell.plan, seed, batch=batch)
         assert isinstance(x, torch.Tensor)
-        keep_samples(out, f"samples-{_file_name(row['process'])}", x, diffusion, cell.sampler, checkpoint.range, seed)
+        keep_samples(out, f"samples-{_file_name(row['process'])}", x, diffusion, cell.sampler, checkpoint.tones, seed)
         if holdout is not None:
             near = memorisation(x, data, holdout)
             numbers = (f"{float(near.samples.median()):.3g}", f"{near.ratio:.3f}", f"{near.copied:.1%}")

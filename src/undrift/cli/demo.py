@@ -16,7 +16,7 @@ from undrift.config import ConfigError
 from undrift.diffusion import Diffusion
 from undrift.networks import UNet
 from undrift.process import CLD, MALDA, PSLD, VP, FlowMatching, LinearProcess
-from undrift.report import write_report
+from undrift.report import Tones, write_report
 from undrift.sample import SSCS, Ancestral, EulerMaruyama, Exponential, Sampler, sample
 from undrift.train import Digits, TrainConfig, Trainer
 
@@ -62,8 +62,14 @@ class DemoRun:
         work, refused = plan_cells(self.processes(), self.samplers(), self.calls())
 
         print(f"1. one denoiser, a small U-Net, on {len(data)} digits: {train.train.steps} steps", flush=True)
-        notes = {"low": data.low, "high": data.high, "std": data.std}
-        trainer = Trainer(train.model(data), train.objective, data, train.train, out, notes=notes)
+        trainer = Trainer(
+            train.new_model(data),
+            train.objective,
+            data,
+            train.train,
+            out,
+            notes={**Tones.of(data).notes, "std": data.std},
+        )
         if trainer.fit(progress=self.progress).interrupted:
             print("interrupted; saved. The same command goes on from here.")
             return 130
@@ -81,7 +87,7 @@ class DemoRun:
         diffusion, sampler = Diffusion(PSLD(), checkpoint.denoiser), Exponential(steps=10 if self.fast else 40)
         x = sample(diffusion, 64, data.event, sampler, self.seed)
         assert isinstance(x, torch.Tensor)
-        keep_samples(out, "samples", x, diffusion, sampler, checkpoint.range, self.seed)
+        keep_samples(out, "samples", x, diffusion, sampler, checkpoint.tones, self.seed)
         finish(out, command, clock)
         print(f"\n4. done in {clock.seconds:.0f} s")
         print(f"report  {write_report(out).resolve()}")

@@ -1,7 +1,8 @@
-"""undrift evaluate: how near samples are to data, whether they are copies, and the likelihood of the model."""
+"""undrift evaluate: how near samples are to data, whether they are copies, and the likelihood of held-out data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undrift.cli.common import Clock, begin, check_event, diffusion_of, finish, open_checkpoint
-from undrift.cli.judge import Judge, memorisation
+from undrift.cli.bits import HeldOut, bound_bits, flow_bits
+from undrift.cli.common import (
+    Checkpoint,
+    Clock,
+    begin,
+    check_data,
+    check_pixels,
+    dequantised_flag,
+    diffusion_of,
+    finish,
+    open_checkpoint,
+)
+from undrift.cli.judge import Judge, centred, memorisation
 from undrift.config import ConfigError
-from undrift.diffusion import Diffusion, NoiseDiffusion
-from undrift.measure import energy_distance, log_likelihood, mmd, sliced_wasserstein, wasserstein
+from undrift.measure import energy_distance, mmd, sliced_wasserstein, wasserstein
 from undrift.process import LinearProcess
-from undrift.report import JsonLines, read_npz, text_table, write_json, write_report
+from undrift.report import JsonLines, Tones, read_npz, shown, text_table, write_json, write_report
 from undrift.train import Dataset, DataSource, Digits
 
 __all__ = ["EvaluateRun"]
@@ -24,84 +35,126 @@ __all__ = ["EvaluateRun"]
 
 @dataclass(frozen=True, eq=False)
 class EvaluateRun:
-    """Measure samples against data.
+    """Measure samples against data, and the likelihood of held-out data under a model.
 
     Args:
-        samples: npz file of samples, as undrift sample writes it.
+        samples: npz file of samples, as undrift sample writes it; null to ask for bpd or likelihood alone.
         data: what they are compared with: the training data.
-        holdout: data the model has not seen, for the floor of each measure; null for none.
-        run: folder or checkpoint of the model, needed for the likelihood.
-        process: for the likelihood, as in undrift sample.
-        likelihood: number of held-out points whose likelihood is computed; 0 for none.
+        holdout: data the model has not seen, for the floor of each measure, and for bpd and likelihood; null for none.
+        run: folder or checkpoint of the model, needed for bpd and likelihood.
+        process: for bpd and likelihood, as in undrift sample.
+        bpd: number of held-out points whose bits per dimension are bounded; 0 for none. The data must be Dequantised.
+        bpd_times: times per point at which the bound's path term is estimated.
+        sigma_min: noise level at which the bound's decoder takes over; null for that of the training.
+        likelihood: number of held-out points whose likelihood is computed by the probability flow; 0 for none.
         rtol: relative and absolute tolerance of the likelihood's ODE solver.
         points: at most so many points enter the measures whose cost grows with its square or cube.
-        seed: of random directions and of the feature network's training.
-        out: folder of the result; null for the folder of the samples.
+        seed: of random directions, of the feature network's training, of held-out points and the noise on them.
+        out: folder of the result; null for the folder of the samples, or without them one beside the checkpoint.
         overwrite: replace an evaluation that is there.
+        progress: show a bar.
     """
 
-    samples: str
+    samples: str | None = None
     data: DataSource = field(default_factory=Digits)
     holdout: DataSource | None = field(default_factory=lambda: Digits("test"))
     run: str | None = None
     process: LinearProcess | None = None
+    bpd: int = 0
+    bpd_times: int = 4
+    sigma_min: float | None = None
     likelihood: int = 0
     rtol: float = 1e-4
     points: int = 1000
     seed: int = 0
     out: str | None = None
     overwrite: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.likelihood < 0:
-            raise ConfigError(f"likelihood: expected 0 or more points, got {self.likelihood}.")
-        if not self.rtol > 0:
-            raise ConfigError(f"rtol: expected a positive number, got {self.rtol}.")
-        if self.points < 2:
-            raise ConfigError(f"points: expected at least 2, got {self.points}.")
-        if self.likelihood and self.run is None:
+        for name, least in (("likelihood", 0), ("bpd", 0), ("bpd_times", 1), ("points", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: expected {least} or more, got {getattr(self, name)}.")
+        for name in ("rtol", "sigma_min"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: expected a positive number, got {value}.")
+        asked = self.likelihood or self.bpd
+        if self.samples is None and not asked:
+            raise ConfigError("samples: give a file of samples, or --run with --bpd or --likelihood.")
+        if asked and self.run is None:
             raise ConfigError("run: the likelihood is the model's; give the folder of the training run.")
 
     def execute(self, command: Sequence[str]) -> int:
         clock = Clock()
-        x, _ = read_npz(self.samples)
-        data = self.data.load()
-        holdout = None if self.holdout is None else self.holdout.load()
-        for other, place in ((data, "data"), *(((holdout, "holdout"),) if holdout is not None else ())):
-            if other.event != tuple(x.shape[1:]):
-                raise ConfigError(
-                    f"{place}: points of {other.name} have shape {other.event}, the samples {tuple(x.shape[1:])}."
-                )
+        x, settings = (None, {}) if self.samples is None else read_npz(self.samples)
         checkpoint = None if self.run is None else open_checkpoint(self.run)
         diffusion = None if checkpoint is None else diffusion_of(checkpoint, self.process)
-        if checkpoint is not None:
-            check_event(data, checkpoint, "data")
-        out = Path(self.samples).parent if self.out is None else Path(self.out)
-        if self.out is None:  # config.yaml there says how the samples were drawn
+        loaded = self._load(x, Tones.read(settings), checkpoint)
+        test = list(loaded.values())[-1]
+        out = self._folder(checkpoint)
+        if self.out is None and x is not None:  # config.yaml there says how the samples were drawn
             if (out / "evaluation.json").exists() and not self.overwrite:
                 raise ConfigError(f"out: {out} already holds an evaluation; give --overwrite to replace it, or --out.")
         else:
             begin(self, out, ("evaluation.json", "report.html"), self.overwrite)
-        measures = self._distances(x.to(data.x), data, holdout)
-        remarks = []
+        measures: list[dict[str, Any]] = []
+        remarks: list[str] = []
+        caption = f"The likelihood of {test.name}."
+        if x is not None:
+            caption = f"{len(x)} samples of {self.samples} against {loaded['data'].name}; lower is better."
+            measures += self._distances(centred(x, loaded["data"]).to(loaded["data"].x), **loaded)
+        if diffusion is not None and checkpoint is not None and self.bpd:
+            points = HeldOut.draw(test, self.bpd, self.seed)
+            rows, said = bound_bits(diffusion, checkpoint, points, self.bpd_times, self.sigma_min, self.progress)
+            measures, remarks = measures + rows, remarks + said
         if diffusion is not None and self.likelihood:
-            value, remark = self._likelihood(diffusion, holdout or data)
-            measures.append(value)
-            remarks.append(remark)
-        caption = f"{len(x)} samples of {self.samples} against {data.name}; lower is better."
+            rows, said = flow_bits(diffusion, HeldOut.draw(test, self.likelihood, self.seed), self.rtol, self.progress)
+            measures, remarks = measures + rows, remarks + said
         write_json(out / "evaluation.json", {"measures": measures, "caption": caption, "remarks": remarks})
-        JsonLines(out / "evaluation.jsonl").append(
-            {"samples": self.samples, **{m["name"]: m["value"] for m in measures}}
-        )
-        if self.out is not None:
+        asked = {"samples": self.samples, "run": self.run}
+        JsonLines(out / "evaluation.jsonl").append({**asked, **{m["name"]: m["value"] for m in measures}})
+        if self.out is not None or x is None:
             finish(out, command, clock)
-        print(text_table(["measure", "value", "floor"], [[m["name"], m["value"], m["floor"] or "-"] for m in measures]))
+        print(text_table(["measure", "value", "floor"], [[m["name"], shown(m), m["floor"] or "-"] for m in measures]))
         for remark in remarks:
             print(remark)
         print(f"report  {write_report(out)}")
         return 0
 
-    def _distances(self, x: Tensor, data: Dataset, holdout: Dataset | None) -> list[dict[str, Any]]:
+    def _load(self, x: Tensor | None, made: Tones, checkpoint: Checkpoint | None) -> dict[str, Dataset]:
+        """The data and the held-out data, what of them is needed, by the names of their keys; checked."""
+        sources = {"data": self.data} if x is not None or self.holdout is None else {}
+        if self.holdout is not None:
+            sources["holdout"] = self.holdout
+        loaded = {}
+        for place, source in sources.items():
+            data = loaded[place] = source.load()
+            if x is not None:
+                if data.event != tuple(x.shape[1:]):
+                    raise ConfigError(
+                        f"{place}: points of {data.name} have shape {data.event}, the samples {tuple(x.shape[1:])}."
+                    )
+                check_pixels(data, source, made, place, f"{self.samples}")
+            if checkpoint is not None:
+                check_data(data, source, checkpoint, place)
+        if self.bpd and data.pixels is None:
+            flag = dequantised_flag(source, {"transform": "center", "bins": 256}, place)
+            raise ConfigError(
+                f"{place}: bits per dimension are of pixels with dequantisation noise, and {data.name} has none; give "
+                f"{flag}, where bins is the number of values a pixel can take, and a model trained on such data."
+            )
+        return loaded
+
+    def _folder(self, checkpoint: Checkpoint | None) -> Path:
+        if self.out is not None:
+            return Path(self.out)
+        if self.samples is not None:
+            return Path(self.samples).parent
+        assert checkpoint is not None
+        return checkpoint.path.parent / "evaluate"
+
+    def _distances(self, x: Tensor, data: Dataset, holdout: Dataset | None = None) -> list[dict[str, Any]]:
         judge = Judge.of(data, holdout, self.seed)
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -136,18 +189,6 @@ class EvaluateRun:
                 {"name": "median distance to the nearest training point", "value": _text(near), "floor": _text(floor)}
             )
         return rows
-
-    def _likelihood(self, diffusion: Diffusion | NoiseDiffusion, data: Dataset) -> tuple[dict[str, Any], str]:
-        x = data.x[: self.likelihood]
-        result = log_likelihood(diffusion, x, rtol=self.rtol, atol=self.rtol, seed=self.seed)
-        bits = result.bits_per_dim(bins=1)
-        error = float(bits.std() / len(x) ** 0.5) if len(x) > 1 else None
-        kind = "a lower bound on the likelihood" if diffusion.process.channels > 1 else "the model's density"
-        remark = (
-            f"Bits per dimension: of {len(x)} points of {data.name}, scaled as for training and not dequantised, so "
-            f"the values are of a density ({kind}) and may be negative; standard error {_text(error) or 'unknown'}."
-        )
-        return {"name": "bits per dimension", "value": _text(float(bits.mean())), "floor": None}, remark
 
 
 def _text(value: float | None) -> str | None:

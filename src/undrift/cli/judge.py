@@ -18,10 +18,11 @@ from undrift.measure import (
     sliced_wasserstein,
     train_features,
 )
+from undrift.pixels import dequantise, quantise
 from undrift.report.plots import is_image
 from undrift.train import Dataset
 
-__all__ = ["Judge", "memorisation"]
+__all__ = ["Judge", "centred", "memorisation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +70,13 @@ class Judge:
             )
 
             def distance(x: Tensor) -> float:
-                return frechet_distance(extract(features, x), reference)
+                return frechet_distance(extract(features, centred(x, data)), reference)
         else:
             measure = "sliced W2 distance"
             caption = f"Sliced 2-Wasserstein distance to {data.name}, in data units."
 
             def distance(x: Tensor) -> float:
-                return sliced_wasserstein(x, data.x, seed=seed)
+                return sliced_wasserstein(centred(x, data), data.x, seed=seed)
 
         floor = None if holdout is None else distance(holdout.x)
         digest = hashlib.sha256(data.x.contiguous().numpy().tobytes()).hexdigest()[:16]
@@ -85,4 +86,13 @@ class Judge:
 
 def memorisation(x: Tensor, data: Dataset, holdout: Dataset) -> Neighbours:
     """Distances of samples and of held-out points to the nearest training point: are the samples copies?"""
-    return nearest_neighbours(x, data.x, holdout.x)
+    return nearest_neighbours(centred(x, data), data.x, holdout.x)
+
+
+def centred(x: Tensor, data: Dataset) -> Tensor:
+    """Samples as ``data.x`` shows its points: of dequantised pixels, at the centres of their bins."""
+    p = data.pixels
+    if p is None:
+        return x
+    pixels = quantise(x, p.transform, bins=p.bins, alpha=p.alpha)
+    return dequantise(pixels, p.transform, bins=p.bins, alpha=p.alpha, noise=x.new_tensor(0.5))[0].to(x)

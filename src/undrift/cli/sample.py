@@ -82,7 +82,7 @@ class SampleRun:
             **condition,
         )
         assert isinstance(x, torch.Tensor)
-        keep_samples(out, "samples", x, diffusion, self.sampler, checkpoint.range, self.seed)
+        keep_samples(out, "samples", x, diffusion, self.sampler, checkpoint.tones, self.seed)
         finish(out, command, clock)
         row = {"samples": self.n, "seconds": clock.seconds, "mean": float(x.mean()), "std": float(x.std())}
         JsonLines(out / "metrics.jsonl").append(row)

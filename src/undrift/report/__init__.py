@@ -1,19 +1,22 @@
 """What a run leaves behind: comparisons, figures, and one HTML file that shows them."""
 
-from undrift.report.comparison import Cell, at_calls, cells, compare, label, table, text_table
+from undrift.report.comparison import Cell, at_calls, cells, compare, label, shown, table, text_table
 from undrift.report.document import write_report
 from undrift.report.files import JsonLines, read_npz, write_bytes, write_json, write_npz, write_provenance
 from undrift.report.plots import samples_figure
+from undrift.report.tones import Tones
 
 __all__ = [
     "Cell",
     "JsonLines",
+    "Tones",
     "at_calls",
     "cells",
     "compare",
     "label",
     "read_npz",
     "samples_figure",
+    "shown",
     "table",
     "text_table",
     "write_bytes",

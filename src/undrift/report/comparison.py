@@ -24,26 +24,34 @@ from torch import Tensor
 from undrift.config import describe, schema
 from undrift.denoise.base import Denoiser
 from undrift.diffusion import Diffusion
+from undrift.process.learned import LearnedProcess
 from undrift.process.linear import LinearProcess
 from undrift.report.files import JsonLines
 from undrift.sample import Plan, Sampler, TableSampler, sample
 
-__all__ = ["Cell", "at_calls", "cells", "compare", "label", "number", "table", "text_table"]
+__all__ = ["Cell", "at_calls", "cells", "compare", "label", "number", "shown", "table", "text_table"]
+
+_REQUIRED = inspect.Parameter.empty
 
 
 def label(obj: Any) -> str:
-    """Name of a process or sampler with its order and the settings that differ from its defaults; never the steps."""
+    """Name of a process or sampler with its order and the settings that differ from its defaults.
+
+    Never the steps, nor what a learned process has learned, which is no setting.
+    """
     plain = describe(obj)
     if not (isinstance(plain, dict) and "type" in plain):
         return str(plain)
-    defaults = {key: default for key, (_, default) in schema(type(obj)).items()}  # type: ignore[arg-type]
+    defaults = {key: describe(default) for key, (_, default) in schema(type(obj)).items() if default is not _REQUIRED}  # type: ignore[arg-type]
+    hidden = {"type", "steps"}
+    if isinstance(obj, LearnedProcess):
+        parts = {"Q": "Q", "D": "D", "S": "S", "start": "start_cov", "clock": "clock"}
+        hidden |= {parts[part] for part in obj.learn}
+        defaults = {**describe(type(obj)(obj.channels)), "channels": defaults["channels"]}
     given = []
     for key, value in plain.items():
-        if key in ("type", "steps"):
-            continue
-        required = defaults[key] is inspect.Parameter.empty
-        if key == "order" or required or value != describe(defaults[key]):
-            given.append(f"{key}={label(getattr(obj, key))}")
+        if key not in hidden and (key == "order" or key not in defaults or value != defaults[key]):
+            given.append(f"{key}={label(getattr(obj, key, value))}")
     return plain["type"] + (f"({', '.join(given)})" if given else "")
 
 
@@ -171,6 +179,11 @@ def number(row: Mapping[str, Any]) -> str:
     digits = 3 if not error else max(0, min(4, 1 - math.floor(math.log10(error))))
     value = f"{row['distance']:.{digits}f}"
     return value if error is None else f"{value} ± {error:.{digits}f}"
+
+
+def shown(measure: Mapping[str, Any]) -> str:
+    """A measure of an evaluation, with its standard error where it has one."""
+    return f"{measure['value']} ± {measure['std_error']}" if measure.get("std_error") else str(measure["value"])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

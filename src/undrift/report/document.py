@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from undrift.config import ConfigError, build
 from undrift.denoise import Denoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.process.learned import LearnedProcess
 from undrift.process.linear import LinearProcess
-from undrift.report.comparison import label, table
+from undrift.report.comparison import label, shown, table
 from undrift.report.files import JsonLines, read_npz, write_bytes
 from undrift.report.html import Page
+from undrift.report.learned import add_learned_process
 from undrift.report.plots import (
     comparison_figure,
     is_image,
@@ -25,6 +29,7 @@ from undrift.report.plots import (
     training_figure,
     walk_figure,
 )
+from undrift.report.tones import Tones
 from undrift.sample import Exponential, Trajectory, sample
 from undrift.train import load, notes
 
@@ -51,6 +56,7 @@ def write_report(folder: str | Path) -> Path:
     if not any((place / name).exists() for name in known):
         raise FileNotFoundError(f"{place} holds nothing of a run (none of {', '.join(known)}).")
     run = _json(place / "run.json")
+    config = yaml.safe_load((place / "config.yaml").read_text("utf-8")) if (place / "config.yaml").exists() else {}
     rows = JsonLines(place / "comparison.jsonl").rows
     about = _json(place / "comparison.json")
     # The lines also keep cells of earlier settings, for the day they are asked for again.
@@ -62,7 +68,10 @@ def write_report(folder: str | Path) -> Path:
     if rows:
         _comparison(page, rows, about)
     _samples(page, place)
-    if processes:
+    learned = _learned(model)
+    if learned is not None:
+        add_learned_process(page, learned, _begun(config))
+    if processes and (rows or learned is None):
         _kernels(page, processes)
     if model is not None and processes:
         _walks(page, model, processes, noted)
@@ -71,7 +80,7 @@ def write_report(folder: str | Path) -> Path:
         page.section("Evaluation")
         page.table(
             ["measure", "value", "floor: held-out data"],
-            [[m["name"], m["value"], m.get("floor") or "–"] for m in evaluation["measures"]],
+            [[m["name"], shown(m), m.get("floor") or "–"] for m in evaluation["measures"]],
             evaluation["caption"],
         )
         for line in evaluation["remarks"]:
@@ -84,7 +93,9 @@ def write_report(folder: str | Path) -> Path:
             "since the one before."
         )
         alt = f"Loss falls from {metrics[0]['loss']:.3g} to {metrics[-1]['loss']:.3g} over {metrics[-1]['step']} steps."
-        page.picture(png(training_figure(metrics)), alt, caption)
+        bound = (config.get("objective") or {}).get("type") == "EvidenceBound"
+        loss = "minus the bound, nats per coordinate" if bound else "weighted loss"
+        page.picture(png(training_figure(metrics, loss)), alt, caption)
     _reproduce(page, place, run)
     return write_bytes(place / "report.html", page.render().encode())
 
@@ -104,6 +115,20 @@ def _processes(rows: Sequence[Mapping[str, Any]], model: Any) -> list[LinearProc
     if not found and isinstance(model, (Diffusion, NoiseDiffusion)):
         found[label(model.process)] = model.process
     return list(found.values())
+
+
+def _learned(model: Any) -> LearnedProcess | None:
+    process = getattr(model, "process", None)
+    return process if isinstance(process, LearnedProcess) else None
+
+
+def _begun(config: Mapping[str, Any]) -> LearnedProcess | None:
+    """Where the process of a training run's configuration began."""
+    try:
+        process = build(config.get("process"), LinearProcess)
+    except ConfigError:
+        return None
+    return process if isinstance(process, LearnedProcess) else None
 
 
 def _lead(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], noted: Mapping[str, Any]) -> str:
@@ -173,7 +198,7 @@ def _samples(page: Page, place: Path) -> None:
         title = " · ".join(str(settings[k]) for k in ("process_name", "sampler_name") if k in settings) or file.stem
         shown = min(len(x), 64) if is_image(x.shape[1:]) else len(x)
         calls = f", {settings['calls']} calls" if "calls" in settings else ""
-        png_file = samples_figure(x, settings.get("low", -1.0), settings.get("high", 1.0))
+        png_file = samples_figure(x, Tones.read(settings))
         caption = f"{title}{calls}. The first {shown} of {len(x)} samples, seed {settings.get('seed', 'unknown')}."
         pictures.append((png_file, f"{shown} samples, {title}{calls}", caption))
     page.gallery(pictures)
@@ -206,7 +231,7 @@ def _walks(page: Page, model: Any, processes: Sequence[LinearProcess], noted: Ma
         walk = sample(diffusion, count, event, Exponential(steps=24), seed=0, trajectory=True)
         assert isinstance(walk, Trajectory)
         page.heading(label(process))
-        figure = walk_figure(walk, process, noted.get("low", -1.0), noted.get("high", 1.0))
+        figure = walk_figure(walk, process, Tones.read(noted))
         page.picture(
             png(figure),
             f"States of a walk under {label(process)} at falling noise levels, from noise to a sample.",

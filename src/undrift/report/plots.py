@@ -21,12 +21,14 @@ from torch import Tensor
 
 from undrift.process.linear import LinearProcess
 from undrift.report.comparison import label
+from undrift.report.tones import Tones
 from undrift.sample import Trajectory
 
 __all__ = [
     "comparison_figure",
     "grid_image",
     "kernel_figure",
+    "new_figure",
     "png",
     "samples_figure",
     "training_figure",
@@ -38,7 +40,10 @@ MARKERS = "osD^vPX"
 GREY = "#6b7280"
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure of the report's style and its axes (rows, columns); sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
@@ -57,12 +62,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def kernel_figure(processes: Sequence[LinearProcess]) -> Figure:
+def kernel_figure(processes: Sequence[LinearProcess], names: Sequence[str] | None = None) -> Figure:
     """For each process the mean and the deviation of each channel against t; and sigma(t) of all of them."""
+    names = names or [label(p) for p in processes]
     panels = len(processes) + 1
     columns = min(3, panels)
     rows = -(-panels // columns)
-    figure, axes = _figure(3.3 * columns, 2.7 * rows, rows, columns)
+    figure, axes = new_figure(3.3 * columns, 2.7 * rows, rows, columns)
     last = axes.flat[panels - 1]
     fractions = torch.linspace(0, 1, 201, dtype=torch.float64)
     fractions[0] = 1e-4
@@ -73,10 +79,10 @@ def kernel_figure(processes: Sequence[LinearProcess]) -> Figure:
         ax = axes.flat[i]
         for k in range(process.channels):
             colour = PALETTE[k % len(PALETTE)]
-            name = "data" if k == 0 else f"auxiliary {k}" if process.channels > 2 else "momentum"
-            ax.plot(t, mean[:, k].detach(), color=colour, label=f"{name}, mean")
-            ax.plot(t, deviation[:, k].detach(), color=colour, linestyle="--", label=f"{name}, deviation")
-        ax.set_title(label(process), fontsize=9, loc="left")
+            channel = "data" if k == 0 else f"auxiliary {k}" if process.channels > 2 else "momentum"
+            ax.plot(t, mean[:, k].detach(), color=colour, label=f"{channel}, mean")
+            ax.plot(t, deviation[:, k].detach(), color=colour, linestyle="--", label=f"{channel}, deviation")
+        ax.set_title(names[i], fontsize=9, loc="left")
         ax.set_xlabel("time t", fontsize=8)
         ax.legend(fontsize=6, frameon=False)
         if float(deviation.max()) > 20:
@@ -89,7 +95,7 @@ def kernel_figure(processes: Sequence[LinearProcess]) -> Figure:
             marker=marker,
             markevery=40,
             markersize=4,
-            label=label(process),
+            label=names[i],
         )
     last.set_yscale("log")
     last.set_title("effective noise level", fontsize=9, loc="left")
@@ -101,15 +107,28 @@ def kernel_figure(processes: Sequence[LinearProcess]) -> Figure:
     return figure
 
 
-def training_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, and norm of the gradient, against the step."""
-    figure, axes = _figure(8.0, 2.7, 1, 2)
+def training_figure(rows: Sequence[Mapping[str, Any]], loss: str = "weighted loss") -> Figure:
+    """Loss, and norms of the gradients of the network and of a learned process, against the step.
+
+    A loss that takes both signs, as a bound on a density can, has an axis that is linear within 1.
+    """
+    names = {
+        "loss": loss,
+        "gradient_norm": "norm of the gradient",
+        "process_gradient_norm": "norm of the process's gradient",
+    }
+    shown = [key for key in names if key in rows[-1]]
+    figure, axes = new_figure(4.0 * len(shown), 2.7, 1, len(shown))
     step = [r["step"] for r in rows]
-    for ax, key, name in ((axes[0, 0], "loss", "weighted loss"), (axes[0, 1], "gradient_norm", "norm of the gradient")):
-        ax.plot(step, [r[key] for r in rows], color=PALETTE[0], marker="o" if len(step) < 3 else None)
-        ax.set_yscale("log")
+    for ax, key in zip(axes[0], shown, strict=True):
+        values = [r[key] for r in rows]
+        ax.plot(step, values, color=PALETTE[0], marker="o" if len(step) < 3 else None)
+        if min(values) > 0:
+            ax.set_yscale("log")
+        else:
+            ax.set_yscale("symlog", linthresh=1.0)
         ax.set_xlabel("optimiser step", fontsize=8)
-        ax.set_ylabel(name, fontsize=8)
+        ax.set_ylabel(names[key], fontsize=8)
     return figure
 
 
@@ -122,7 +141,7 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]], measure: str, floor: fl
     samplers = list(dict.fromkeys(r["sampler"] for r in rows))
     columns = min(3, len(processes))
     lines = -(-len(processes) // columns)
-    figure, axes = _figure(3.4 * columns, 2.8 * lines + 0.5, lines, columns, sharex=True, sharey=True)
+    figure, axes = new_figure(3.4 * columns, 2.8 * lines + 0.5, lines, columns, sharex=True, sharey=True)
     handles: dict[str, Any] = {}
     for ax, process in zip(axes.flat, processes, strict=False):
         for i, sampler in enumerate(samplers):
@@ -183,9 +202,9 @@ def _call_axis(ax: Axes, budgets: Sequence[int]) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _picture(x: Tensor, low: float, high: float) -> np.ndarray:
+def _picture(x: Tensor, tones: Tones) -> np.ndarray:
     """One image (C, H, W) as bytes (H, W, 3)."""
-    grey = ((x.float() - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
+    grey = tones(x).mul(255).round().to(torch.uint8)
     return (grey.expand(3, -1, -1) if grey.shape[0] == 1 else grey[:3]).permute(1, 2, 0).numpy()
 
 
@@ -194,18 +213,19 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
-def grid_image(x: Tensor, low: float = -1.0, high: float = 1.0, columns: int | None = None) -> bytes:
+def grid_image(x: Tensor, tones: Tones | None = None, columns: int | None = None) -> bytes:
     """Images (n, C, H, W) side by side, as a PNG file in which a pixel is a whole number of screen pixels."""
     from PIL import Image
 
     n, _, height, width = x.shape
+    tones = tones or Tones()
     columns = columns or math.ceil(math.sqrt(n))
     rows = -(-n // columns)
     gap = 1
     canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 128, np.uint8)
     for i in range(n):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        canvas[top : top + height, left : left + width] = _picture(x[i].cpu(), low, high)
+        canvas[top : top + height, left : left + width] = _picture(x[i].cpu(), tones)
     scale = max(1, 640 // canvas.shape[1])
     picture = Image.fromarray(canvas).resize(
         (canvas.shape[1] * scale, canvas.shape[0] * scale), Image.Resampling.NEAREST
@@ -215,12 +235,12 @@ def grid_image(x: Tensor, low: float = -1.0, high: float = 1.0, columns: int | N
     return buffer.getvalue()
 
 
-def samples_figure(x: Tensor, low: float = -1.0, high: float = 1.0, most: int = 64) -> bytes:
+def samples_figure(x: Tensor, tones: Tones | None = None, most: int = 64) -> bytes:
     """Samples (n, *event) as a PNG file: a grid of images, a cloud of points, or a histogram of numbers."""
     if is_image(x.shape[1:]):
-        return grid_image(x[:most], low, high)
+        return grid_image(x[:most], tones)
     flat = x.flatten(1).cpu()
-    figure, axes = _figure(4.0, 4.0)
+    figure, axes = new_figure(4.0, 4.0)
     ax = axes[0, 0]
     if flat.shape[1] == 1:
         ax.hist(flat[:, 0], bins=60, color=PALETTE[0])
@@ -234,9 +254,7 @@ def samples_figure(x: Tensor, low: float = -1.0, high: float = 1.0, most: int = 
     return png(figure)
 
 
-def walk_figure(
-    walk: Trajectory, process: LinearProcess, low: float = -1.0, high: float = 1.0, most: int = 9
-) -> Figure:
+def walk_figure(walk: Trajectory, process: LinearProcess, tones: Tones | None = None, most: int = 9) -> Figure:
     """A few states of a walk: a column for each time, a row for each channel, from noise to data.
 
     Images show the first walk; points the cloud of all walks, in the plane of their first and last coordinate.
@@ -247,8 +265,8 @@ def walk_figure(
     titles = [f"σ = {level:.3g}" if level > 0 else "sample" for level in sigma]
     names = ["data", *[f"auxiliary {i}" for i in range(1, k)]]
     if is_image(walk.states.shape[3:]):
-        return _strip(walk.states[pick, 0].cpu(), titles, names, low, high)
-    figure, axes = _figure(1.0 * len(pick) + 0.8, 1.0 * k + 0.5, k, len(pick), sharex="row", sharey="row")
+        return _strip(walk.states[pick, 0].cpu(), titles, names, tones or Tones())
+    figure, axes = new_figure(1.0 * len(pick) + 0.8, 1.0 * k + 0.5, k, len(pick), sharex="row", sharey="row")
     for channel in range(k):
         for column, index in enumerate(pick.tolist()):
             ax, cloud = axes[channel, column], walk.states[index, :, channel].flatten(1).cpu()
@@ -261,16 +279,16 @@ def walk_figure(
     return figure
 
 
-def _strip(states: Tensor, titles: Sequence[str], names: Sequence[str], low: float, high: float) -> Figure:
+def _strip(states: Tensor, titles: Sequence[str], names: Sequence[str], tones: Tones) -> Figure:
     """States (S, K, C, H, W) of one walk as one picture, a column for each state and a row for each channel."""
     count, k, _, height, width = states.shape
     down, right = height + 1, width + 1
     canvas = np.full((k * down - 1, count * right - 1, 3), 255, np.uint8)
     for column, state in enumerate(states):
         for row, z in enumerate(state):
-            shown = _picture(z, *_range(state, row, low, high))
+            shown = _picture(*_fitted(z, row, tones))
             canvas[row * down : row * down + height, column * right : column * right + width] = shown
-    figure, axes = _figure(0.95 * count + 0.8, 0.95 * k + 0.4)
+    figure, axes = new_figure(0.95 * count + 0.8, 0.95 * k + 0.4)
     ax = axes[0, 0]
     ax.imshow(canvas, interpolation="nearest")
     ax.grid(False)
@@ -281,9 +299,10 @@ def _strip(states: Tensor, titles: Sequence[str], names: Sequence[str], low: flo
     return figure
 
 
-def _range(z: Tensor, channel: int, low: float, high: float) -> tuple[float, float]:
-    """What is black and white: the data's range, widened to the state's; the final call leaves no auxiliaries."""
-    spread = (1.3 if channel == 0 else 2.5) * float(z[channel].std())
-    centre = 0.5 * (low + high) if channel == 0 else 0.0
-    half = max(spread, 0.5 * (high - low)) if channel == 0 else max(spread, 1e-6)
-    return centre - half, centre + half
+def _fitted(z: Tensor, channel: int, tones: Tones) -> tuple[Tensor, Tones]:
+    """A channel (C, H, W) of a state, drawn together so that it fits the tones; auxiliaries have tones of their own."""
+    spread = (1.3 if channel == 0 else 2.5) * float(z.std())
+    if channel > 0:  # the final call leaves no auxiliaries
+        return z, Tones(-max(spread, 1e-6), max(spread, 1e-6))
+    centre, half = 0.5 * (tones.low + tones.high), 0.5 * (tones.high - tones.low)
+    return centre + (z - centre) / max(1.0, spread / half), tones
