@@ -1,7 +1,8 @@
 """What does the library cost on top of the network? Sampling and training, with a peer on the same networks.
 
 Sampling: ``sample`` with N calls over N bare network calls. Training: one step of the trainer (data, noise, loss,
-gradient clipping, EMA, logging) over one bare forward + backward + optimiser step. The peer is diffusers: the loop of
+gradient clipping, EMA, logging) over one bare forward + backward + optimiser step; and of the evidence bound, on fixed
+processes and on learned ones. The peer is diffusers: the loop of
 its schedulers, and the loop of its training examples (``add_noise``, clipping, ``EMAModel``) with the same network.
 
 Rounds are interleaved. Two ratios: of the best times, the steadier one on a machine that others use too, and the median
@@ -26,9 +27,9 @@ from torch import nn
 from undrift import Diffusion, NoiseDiffusion, sample
 from undrift.denoise import NetworkDenoiser
 from undrift.networks import MLP, UNet
-from undrift.process import PSLD, VP
+from undrift.process import MALDA, PSLD, VP, LearnedProcess, LinearProcess
 from undrift.sample import SSCS, Ancestral, Exponential, Plan, Sampler
-from undrift.train import Dataset, Denoising, NoiseMatching, TrainConfig, Trainer
+from undrift.train import Dataset, Denoising, EvidenceBound, NoiseMatching, TrainConfig, Trainer
 
 CALLS = 20
 
@@ -151,6 +152,15 @@ def training(network: nn.Module, event: tuple[int, ...], batch: int) -> dict[str
         "trainer: denoising": trainer(NetworkDenoiser(copy.deepcopy(network)), Denoising()),
         "trainer: noise matching, VP": trainer(NoiseDiffusion(VP(), copy.deepcopy(network)), NoiseMatching()),
     }
+    processes: dict[str, LinearProcess] = {
+        "VP": VP(),
+        "MALDA": MALDA(),
+        **{f"learned, K = {k}": LearnedProcess(k) for k in (1, 2, 3, 5)},
+        "learned whole, K = 3": LearnedProcess(3, learn=("Q", "D", "S", "start", "clock")),
+    }
+    for name, process in processes.items():
+        model = Diffusion(process, NetworkDenoiser(copy.deepcopy(network)))
+        tasks[f"trainer: bound, {name}"] = trainer(model, EvidenceBound())
     try:
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
@@ -179,18 +189,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["sampling", "training"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     unet, mlp = UNet(1, 8, width=24), MLP(64, width=512)
     results: list[dict[str, object]] = []
-    for name, network, event, batch in [("digits U-Net", unet, (1, 8, 8), 256), ("MLP, width 512", mlp, (64,), 512)]:
+    shapes = [("digits U-Net", unet, (1, 8, 8), 256), ("MLP, width 512", mlp, (64,), 512)]
+    for name, network, event, batch in shapes if args.only != "training" else []:
         times = interleave(sampling(network, event, batch), args.rounds)
         base = f"{CALLS} bare network calls"
         report(f"sampling, {name}, batch {batch}, {CALLS} calls", times, base, results)
         added(interleave(sampling(Free(), event, batch), 3 * args.rounds), 1e3 * min(times[base]), results)
-    for name, network, event, batch in [("digits U-Net", unet, (1, 8, 8), 128), ("MLP, width 512", mlp, (64,), 512)]:
+    shapes = [("digits U-Net", unet, (1, 8, 8), 128), ("MLP, width 512", mlp, (64,), 512)]
+    for name, network, event, batch in shapes if args.only != "sampling" else []:
         times = interleave(training(network, event, batch), 6 * args.rounds)
         report(f"training step, {name}, batch {batch}", times, "bare forward, backward, Adam", results)
     if args.out:
