@@ -58,7 +58,9 @@ def time_nodes(panels: int = 60) -> tuple[Tensor, Tensor]:
 
 def deviations(process: LinearProcess, form: Form = "hybrid") -> dict[tuple[str, str], float]:
     """Standard deviation of one draw for every density and device."""
-    bound = Bound(Diffusion(process, GaussianDenoiser(torch.tensor([MEAN], dtype=torch.float64), STD**2)), form, t_min=T_MIN)
+    bound = Bound(
+        Diffusion(process, GaussianDenoiser(torch.tensor([MEAN], dtype=torch.float64), STD**2)), form, t_min=T_MIN
+    )
     points, p = hermite(1 + bound.noises)
     t, weight = time_nodes()
     x, noise = (MEAN + STD * points[:, :1]).repeat(len(t), 1), points[:, 1:, None].repeat(len(t), 1, 1)
