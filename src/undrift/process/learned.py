@@ -61,6 +61,7 @@ class LearnedClock(nn.Module, Clock):
             raise ValueError(f"LearnedClock: horizon must be positive and finite, got {horizon}.")
         self.horizon = float(horizon)
         self.log_rates = nn.Parameter(values.log())
+        self._begun = values.log(), values
 
     @classmethod
     def like(cls, clock: Clock, knots: int = 9) -> LearnedClock:
@@ -81,8 +82,10 @@ class LearnedClock(nn.Module, Clock):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """Constructor arguments that make this clock as it stands."""
-        return {"rates": self.log_rates.detach().exp().tolist(), "horizon": self.horizon}
+        """Constructor arguments that make this clock as it stands; to the bit those given, until it is trained."""
+        raw, given = self._begun
+        now = self.log_rates.detach()
+        return {"rates": (given if torch.equal(raw, now) else now.exp()).tolist(), "horizon": self.horizon}
 
     def _apply(self, fn: Any, recurse: bool = True) -> LearnedClock:
         return self  # coefficients stay in float64 on the CPU, wherever the model goes
@@ -177,6 +180,8 @@ class LearnedProcess(nn.Module, RecipeProcess):
         if isinstance(clock, LearnedClock):
             clock.requires_grad_("clock" in learn)
         self.clock = clock
+        given = {"Q": q, "D": d, "S": s, "start_cov": start}
+        self._begun = {k: v.detach().clone() for k, v in self.state_dict().items()}, given
 
     @classmethod
     def like(cls, process: RecipeProcess, **settings: Any) -> LearnedProcess:
@@ -248,14 +253,15 @@ class LearnedProcess(nn.Module, RecipeProcess):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """Constructor arguments that make this process as it stands."""
-        d, q, s = (m.detach() for m in self.terms())
+        """Constructor arguments that make this process as it stands; to the bit those given, until it is trained."""
+        raw, matrices = self._begun
+        if not all(torch.equal(raw[k], v) for k, v in self.state_dict().items()):
+            d, q, s = (m.detach() for m in self.terms())
+            start = self.start().detach()[1:, 1:]
+            matrices = {"Q": q, "D": 0.5 * (d + d.mT), "S": 0.5 * (s + s.mT), "start_cov": start}
         return {
             "channels": self.channels,
-            "Q": q,
-            "D": 0.5 * (d + d.mT),
-            "S": 0.5 * (s + s.mT),
-            "start_cov": self.start().detach()[1:, 1:],
+            **matrices,
             "clock": self.clock,
             "learn": list(self.learn),
             "floor": self.floor,
