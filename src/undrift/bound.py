@@ -86,7 +86,6 @@ class Bound:
         decoder: how the stretch before t_min is closed. "data" is the tightest.
         t_min: earliest time eps; 0 is allowed for "ism" without a decoder.
         terminal: mean (K,) and root (K, K) of the Gaussian prior of z_T per coordinate; None for the process's own.
-        trace: for "ism", "exact" (one backward pass for every coordinate that carries noise) or "hutchinson".
 
     Raises:
         ValueError: if the terms do not exist for this choice.
@@ -97,13 +96,11 @@ class Bound:
     decoder: Decoder = "data"
     t_min: float = 1e-5
     terminal: tuple[Tensor, Tensor] | None = None
-    trace: Literal["exact", "hutchinson"] = "exact"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("form", self.form, (None, "denoising", "hybrid", "dsm", "ism")),
             ("decoder", self.decoder, ("data", "joint", "none")),
-            ("trace", self.trace, ("exact", "hutchinson")),
         ):
             if value not in known:
                 raise ValueError(f"Bound: {name} must be one of {known}, got {value!r}.")
@@ -194,7 +191,8 @@ class Bound:
             x: data (batch, *event).
             t: times in [t_min, T], (batch,) or (1,), float64.
             noise: standard normal (batch, noises, *event).
-            probe: for trace "hutchinson", signs (batch, r, *event) where GG' has rank r.
+            probe: for "ism", signs (batch, r, *event) where GG' has rank r, for an unbiased estimate of the divergence;
+                without, it is exact, by one backward pass for every coordinate that carries noise.
             condition: handed to the model.
         """
         process = self.diffusion.process
@@ -238,13 +236,14 @@ class Bound:
         xi = noise[:, : self.diffusion.process.channels]
         if self._form != "denoising" and self.decoder == "data":
             t = torch.full((1,), self.t_min, dtype=torch.float64)
-            xi = mix(self._decode(self._kernel(t)), xi)
+            xi = mix(self._reader(self._kernel(t))[0], xi)
         return -0.5 * (_squares(xi) - xi[0].numel())
 
-    def _decode(self, kernel: _Kernel) -> Tensor:
-        """w' = (L^-1 m / |L^-1 m|)', the direction of the noise that the data-only decoder reads, (N, 1, K)."""
-        w = torch.linalg.solve_triangular(kernel.given_x, kernel.phi[..., :1], upper=False)
-        return (w / torch.linalg.vector_norm(w, dim=-2, keepdim=True)).mT
+    def _reader(self, kernel: _Kernel) -> tuple[Tensor, Tensor]:
+        """w' = (L^-1 m / |L^-1 m|)', the direction of noise that the data-only decoder reads, (N, 1, K), and sigma."""
+        w = torch.linalg.solve_triangular(kernel.given_x, kernel.phi[..., :1], upper=False).mT
+        length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        return w / length, length.flatten().reciprocal()
 
     def start(self, x: Tensor, noise: Tensor, **condition: Any) -> Tensor:
         """The term that closes [0, t_min], in nats: (batch,), in float64.
@@ -255,8 +254,7 @@ class Bound:
             condition: handed to the model.
         """
         t = torch.full((1,), self.t_min, dtype=torch.float64)
-        squares = self._start_squares(x, t, noise, **condition) if self.t_min > 0 else torch.zeros(len(x)).to(x)
-        return self.start_constant(x) - 0.5 * squares
+        return self.start_constant(x) - 0.5 * self._start_squares(x, t, noise, **condition)
 
     def start_constant(self, x: Tensor) -> Tensor:
         """What of :meth:`start` is no square of a mismatch: its log determinants and entropies, a scalar in nats."""
@@ -290,7 +288,7 @@ class Bound:
         e = self._mismatch(x, t, kernel, noise, self.decoder == "joint", **condition)
         if self.decoder == "joint":
             return _squares(e)
-        return _squares(mix(self._decode(kernel), e))
+        return _squares(mix(self._reader(kernel)[0], e))
 
     def error(self, x: Tensor, t: Tensor, at_start: Tensor, noise: Tensor, **condition: Any) -> tuple[Tensor, Tensor]:
         """Path integrands and the decoder's halved squares in one call of the model, for training.
@@ -313,11 +311,10 @@ class Bound:
             raise ValueError(f"Bound: training uses forms 'denoising' and 'hybrid' with decoder 'data', got {self}.")
         kernel = self._kernel(t)
         e = self._mismatch(x, t, kernel, noise, False, **condition)
-        w = torch.linalg.solve_triangular(kernel.given_x, kernel.phi[..., :1], upper=False)
-        length = torch.linalg.vector_norm(w, dim=-2, keepdim=True)
-        decode = torch.nn.functional.pad((w / length).mT, (0, 0, 0, process.channels - 1))
+        reader, sigma = self._reader(kernel)
+        reader = torch.nn.functional.pad(reader, (0, 0, 0, process.channels - 1))
         gain = torch.linalg.solve_triangular(kernel.given_x, psd_sqrt(process.diffusion(t)), upper=False).mT
-        return 0.5 * _squares(mix(torch.where(at_start[:, None, None], decode, gain), e)), length.flatten().reciprocal()
+        return 0.5 * _squares(mix(torch.where(at_start[:, None, None], reader, gain), e)), sigma
 
     # -- mismatches ----------------------------------------------------------------------------------------------------
 

@@ -138,7 +138,7 @@ def elbo(
     process, n = diffusion.process, len(x)
     with torch.no_grad():
         first = float(process.time(sigma_min)) if t_min is None else t_min
-        bound = Bound(diffusion, form, decoder, first, terminal, "hutchinson")
+        bound = Bound(diffusion, form, decoder, first, terminal)
         implicit = form == "ism"
         times = times or (
             LogSnrTimes() if bound.noises == 1 and isinstance(diffusion, Diffusion) else InformationTimes()
