@@ -154,7 +154,7 @@ class TrainRun:
         if bound is None:
             return NetworkDenoiser(network, sigma_data=scale)
         assert process is not None
-        first = bound.sigma_min if bound.t_min is None else float(process.sigma(bound.t_min))
+        first = bound.sigma_min if bound.t_min is None else float(process.sigma(bound.t_min).detach())
         return Diffusion(process, NetworkDenoiser(network, scale, min(_SIGMA_MIN, first)))
 
 

@@ -31,7 +31,7 @@ def fixed_processes() -> dict[str, LinearProcess]:
 
 def prior_gap(process: LinearProcess) -> float:
     """KL(q(z_T | x) || prior) of a coordinate in nats, for data of mean square 1: what the bound loses at the end."""
-    return -float(Bound(NoiseDiffusion(process, nn.Identity())).prior(torch.ones(1, 1, dtype=torch.float64)))
+    return -float(Bound(NoiseDiffusion(process, nn.Identity())).prior(torch.ones(1, 1, dtype=torch.float64)).detach())
 
 
 def matrices_figure(stages: Sequence[tuple[str, LearnedProcess]]) -> Figure:
@@ -52,7 +52,7 @@ def matrices_figure(stages: Sequence[tuple[str, LearnedProcess]]) -> Figure:
         largest = max(float(row[name].abs().max()) for row in rows) or 1.0
         for r, (stage, _) in enumerate(stages):
             ax, m = axes[r, c], rows[r][name]
-            ax.imshow(m, cmap=_SIGNED, vmin=-1.6 * largest, vmax=1.6 * largest)
+            ax.imshow(m.numpy(), cmap=_SIGNED, vmin=-1.6 * largest, vmax=1.6 * largest)
             for i, j in [(i, j) for i in range(k) for j in range(k)]:
                 ax.text(j, i, f"{float(m[i, j]):.3g}".replace("-", "−"), ha="center", va="center", fontsize=7)
             ax.grid(False)
@@ -74,7 +74,7 @@ def learned_clock_figure(stages: Sequence[tuple[str, LearnedProcess]]) -> Figure
     figure, axes = new_figure(9.9, 2.9, 1, 3)
     lines: list[tuple[str, LinearProcess, dict[str, object]]] = [
         (
-            f"learned process, {stage}",
+            stage,
             process,
             {"color": PALETTE[0], "linestyle": "-" if process is stages[-1][1] else ":"},
         )
