@@ -41,7 +41,6 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -49,6 +48,7 @@ import torch
 from torch import Tensor
 
 from undrift._linalg import psd_sqrt
+from undrift._trace import carried_trace
 from undrift.diffusion import Diffusion, NoiseCoefficients, NoiseDiffusion
 from undrift.process.linear import mix
 
@@ -352,13 +352,14 @@ class Bound:
         z, _ = self._state(x, kernel, noise, False)
         g = psd_sqrt(process.diffusion(t))
         g = g[..., (g != 0).flatten(0, -2).any(0)]
+        shape = torch.Size((z.shape[0], g.shape[-1], *z.shape[2:]))
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             z = z if z.requires_grad else z.detach().requires_grad_()
-            pushed = mix(g.mT, self.diffusion.score(z, t, **condition))  # g's, of r channels
-            divergence = _divergence(
-                pushed, z, lambda v: mix(g, v), probe if self.trace == "hutchinson" else None, keep
-            )
+            score = self.diffusion.score(z, t, **condition)
+            probes = None if probe is None else probe.unsqueeze(0)
+            divergence = carried_trace(score, z, shape, lambda v: mix(g, v.expand(shape)), probes, keep).squeeze(1)
+        pushed = mix(g.mT, score)  # g's, of r channels
         drift = process.drift(t).diagonal(dim1=-2, dim2=-1).sum(-1)
         return -0.5 * _squares(pushed) - divergence + d * drift.to(x.device)
 
@@ -371,21 +372,3 @@ def _log_det(root: Tensor) -> Tensor:
 def _squares(e: Tensor) -> Tensor:
     """Squared norm of each sample, (batch,), summed in float64."""
     return e.flatten(1).square().sum(1, dtype=torch.float64)
-
-
-def _divergence(
-    pushed: Tensor, z: Tensor, spread: Callable[[Tensor], Tensor], probe: Tensor | None, keep: bool
-) -> Tensor:
-    """tr(g' J g) of g's (batch, r, *event) as a function of z, exactly or for one probe of the output's shape."""
-    total = torch.zeros(z.shape[0], dtype=torch.float64, device=z.device)
-    if probe is not None:
-        (row,) = torch.autograd.grad(pushed, z, probe, create_graph=keep)
-        return total + (row * spread(probe)).flatten(1).sum(1, dtype=torch.float64)
-    n = pushed[0].numel()
-    for i in range(n):
-        unit = torch.zeros(n, dtype=z.dtype, device=z.device)
-        unit[i] = 1.0
-        v = unit.reshape(pushed.shape[1:]).expand_as(pushed)
-        (row,) = torch.autograd.grad(pushed, z, v, create_graph=keep, retain_graph=keep or i + 1 < n)
-        total = total + (row * spread(v)).flatten(1).sum(1, dtype=torch.float64)
-    return total

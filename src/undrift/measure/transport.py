@@ -31,7 +31,6 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +41,7 @@ from tqdm import tqdm
 
 from undrift._interpolant import Interpolant
 from undrift._linalg import psd_sqrt, sqrt_sum
+from undrift._trace import carried_trace
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import LinearProcess, mix
 
@@ -65,28 +65,6 @@ class Transport:
     state: Tensor
     divergence: Tensor
     calls: int
-
-
-def _trace(
-    output: Tensor, x: Tensor, shape: torch.Size, carry: Callable[[Tensor], Tensor], probes: Tensor | None
-) -> Tensor:
-    """tr(g' J g) per sample, J = d output / d x: (batch, 1), or v' g' J g v for each of the probes (count, *shape).
-
-    ``carry`` applies g: it maps directions of shape (batch, *event), or any that broadcasts to it, to the shape of x.
-    """
-    count = shape[1:].numel() if probes is None else len(probes)
-    columns = []
-    for i in range(count):
-        if probes is None:
-            v = torch.zeros(1, *shape[1:], dtype=x.dtype, device=x.device)
-            v.view(-1)[i] = 1.0
-        else:
-            v = probes[i]
-        carried = carry(v).expand_as(x)
-        (row,) = torch.autograd.grad(output, x, carried, retain_graph=i + 1 < count)
-        columns.append((row.double() * carried.double()).flatten(1).sum(-1))
-    forms = torch.stack(columns, -1)
-    return forms.sum(-1, keepdim=True) if probes is None else forms
 
 
 def _noisy(process: LinearProcess, low: float, high: float) -> Tensor:
@@ -160,7 +138,7 @@ class _Field:
         with torch.enable_grad():
             shown.requires_grad_()
             x0 = diffusion.denoiser(shown, sigma.to(shown).expand(z.shape[0]), **self.condition)
-            trace = _trace(x0, shown, self.shape, lambda v: v, self.probes)
+            trace = carried_trace(x0, shown, self.shape, lambda v: v, self.probes)
         gap = (x0 - shown).detach().to(z) / sigma
         free = free.reshape(k, k)
         velocity = mix(torch.cat([free, pull.unsqueeze(-1)], -1), torch.cat([z, gap.unsqueeze(1)], 1))
@@ -181,7 +159,7 @@ class _Field:
         with torch.enable_grad():
             state = z.to(self.dtype).requires_grad_()
             score = diffusion.score(state, t, **self.condition)
-            trace = _trace(score, state, self.shape, lambda v: mix(root, v), self.probes)
+            trace = carried_trace(score, state, self.shape, lambda v: mix(root, v), self.probes)
         velocity = mix(drift, z) - 0.5 * mix(noise, score.detach().to(z))
         return velocity, z[0, 0].numel() * drift.diagonal().sum() - 0.5 * trace
 
