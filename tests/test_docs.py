@@ -123,6 +123,7 @@ def test_commands_exist_and_take_these_flags(tmp_path, monkeypatch):
 
 
 FAST = {
+    "minimal_learned.py": ["20"],
     "minimal_likelihood.py": ["50"],
     "minimal_process.py": ["1000"],
     "minimal_samplers.py": ["500", "5"],
