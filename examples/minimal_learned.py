@@ -18,7 +18,7 @@ from undrift.process import CLD, VP, LearnedProcess, LinearClock, LinearProcess
 from undrift.train import Dataset, EvidenceBound, TrainConfig, Trainer
 
 
-def main(steps: int = 2000) -> None:
+def main(steps: int = 1000) -> None:
     ring = MixtureDenoiser.ring(modes=4, std=0.3)
     train = Dataset("ring", ring.sample(20_000, torch.Generator().manual_seed(0)).float())
     test = ring.sample(2000, torch.Generator().manual_seed(1))
