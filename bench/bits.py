@@ -37,6 +37,7 @@ PROCESSES: dict[str, Callable[[], LinearProcess]] = {
     "VP": lambda: VP(clock=LinearClock(0.1, 10.0)),
     "CLD": lambda: CLD(mass=1.0, aux_scale=0.01, clock=LinearClock(0.1, 10.0)),
     "MALDA": lambda: MALDA(clock=LinearClock(0.1, 10.0)),
+    "learned K=1, clock": lambda: LearnedProcess(1, learn=("S", "clock")),
     "learned K=2": lambda: LearnedProcess(2),
     "learned K=3": lambda: LearnedProcess(3),
     "learned K=2, all": lambda: LearnedProcess(2, learn=("Q", "D", "S", "start", "clock")),

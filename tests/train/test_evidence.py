@@ -15,7 +15,16 @@ from undrift.config import build, describe
 from undrift.denoise import NetworkDenoiser
 from undrift.networks import MLP
 from undrift.pixels import quantise
-from undrift.process import CLD, VP, InformationTimes, LearnedProcess, LinearClock, LogSnrTimes, UniformTimes
+from undrift.process import (
+    CLD,
+    VP,
+    InformationTimes,
+    LearnedClock,
+    LearnedProcess,
+    LinearClock,
+    LogSnrTimes,
+    UniformTimes,
+)
 from undrift.sample import Exponential
 from undrift.train import (
     Denoising,
@@ -242,6 +251,16 @@ def test_misuse_is_named(call, message):
 def test_a_bare_denoiser_has_no_bound():
     with pytest.raises(TypeError, match="the bound is of a process with a model"):
         EvidenceBound().loss(NetworkDenoiser(MLP(2), 1.0), torch.zeros(4, 2), torch.Generator())
+
+
+def test_a_fixed_process_on_a_learned_clock_is_refused_and_has_a_way_out(tmp_path):
+    fixed = VP(clock=LearnedClock([0.1, 4.0, 10.0]))
+    with pytest.raises(TypeError, match=r"a VP does not train its LearnedClock; make it a learned process"):
+        Trainer(model_of("denoiser", fixed), EvidenceBound(sigma_min=0.01), Ring(n=200), SMALL)
+    learned = LearnedProcess.like(fixed, learn=("clock",))
+    assert "process" in Trainer(model_of("denoiser", learned), EvidenceBound(), Ring(n=200), SMALL).parts
+    save(tmp_path / "a.safetensors", model_of("denoiser", fixed))
+    assert "process" not in Trainer(load(tmp_path / "a.safetensors"), Denoising(), Ring(n=200), SMALL).parts
 
 
 def test_objective_round_trip():

@@ -52,12 +52,19 @@ def parts_of(model: Model) -> nn.ModuleDict:
     """What of a model is trained: its "network", and its "process" if that has parameters that ask for gradients.
 
     Raises:
-        TypeError: if the model has no network.
+        TypeError: if the model has no network, or its process is a fixed one on a clock that would learn.
     """
     parts = nn.ModuleDict({"network": network_of(model)})
     process = getattr(model, "process", None)
-    if isinstance(process, nn.Module) and any(p.requires_grad for p in process.parameters()):
-        parts["process"] = process
+    clock = getattr(process, "clock", None)
+    if isinstance(process, nn.Module):
+        if any(p.requires_grad for p in process.parameters()):
+            parts["process"] = process
+    elif isinstance(clock, nn.Module) and any(p.requires_grad for p in clock.parameters()):
+        raise TypeError(
+            f"a {type(process).__name__} does not train its {type(clock).__name__}; make it a learned process, "
+            "LearnedProcess.like(process, learn=('clock',)), or hold the clock with clock.requires_grad_(False)."
+        )
     return parts
 
 
@@ -165,8 +172,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         raise CheckpointError(f"{path}: its weights do not fit the network it describes: {error}") from error
     network.to(device).eval()
     process = getattr(model, "process", None)
-    if isinstance(process, nn.Module):
-        process.requires_grad_(False)
+    for part in (process, getattr(process, "clock", None)):
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
     if isinstance(model, Diffusion):
         cast(NetworkDenoiser, model.denoiser).eval()
     elif isinstance(model, nn.Module):
