@@ -178,7 +178,7 @@ def test_a_learned_run_in_pieces_equals_a_run_in_one(tmp_path, kind):
         assert a[1] == b[1]
     for a, b in zip(whole.model.process.state_dict().values(), pieces.model.process.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    moved = LearnedProcess(2).terms()[0] - whole.model.process.terms()[0]
+    moved = (LearnedProcess(2).terms()[0] - whole.model.process.terms()[0]).detach()
     assert float(moved.abs().max()) > 1e-3
 
 
