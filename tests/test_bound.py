@@ -187,7 +187,7 @@ def test_noise_networks_have_the_bound_of_their_score(kernel, mixed):
 
 
 def test_training_reads_the_same_terms():
-    """Bound.error against path and start, for a batch that serves both."""
+    """Bound.sampled against prior, path and start, for a batch that serves both."""
     process = PROCESSES["CLD"]
     generator = torch.Generator().manual_seed(0)
     x, network = torch.randn(6, 2, generator=generator), torch.nn.Linear(4, 4)
@@ -200,11 +200,12 @@ def test_training_reads_the_same_terms():
         noise = torch.randn(6, bound.noises, 2, generator=generator)
         t = torch.tensor([0.03, 0.03, 0.1, 0.5, 0.7, 1.0], dtype=torch.float64)
         at_start = torch.arange(6) < 2
-        error, sigma = bound.error(x, t, at_start, noise)
+        weight = torch.linspace(1, 2, 6, dtype=torch.float64)
+        value, sigma = bound.sampled(x, t, at_start, weight, noise)
         torch.testing.assert_close(sigma, process.sigma(t))
-        torch.testing.assert_close(-error[2:], bound.path(x[2:], t[2:], noise[2:]), rtol=1e-5, atol=1e-6)
-        start = bound.start(x[:2], noise[:2]) - bound.start_constant(x)
-        torch.testing.assert_close(-error[:2], start, rtol=1e-5, atol=1e-6)
+        constant = bound.start_constant(x)
+        terms = torch.cat([bound.start(x[:2], noise[:2]) - constant, bound.path(x[2:], t[2:], noise[2:])])
+        torch.testing.assert_close(-value, weight * terms + bound.prior(x) + constant, rtol=1e-5, atol=1e-5)
 
 
 # -- gradients in the process ------------------------------------------------------------------------------------------

@@ -73,6 +73,11 @@ class _Kernel(NamedTuple):
     given_start: Tensor
     noise: NoiseCoefficients | None
 
+    def at(self, rows: slice) -> _Kernel:
+        """The kernel at some of the times."""
+        noise = None if self.noise is None else NoiseCoefficients(*(m[rows] for m in self.noise))
+        return _Kernel(self.phi[rows], self.given_x[rows], self.given_start[rows], noise)
+
 
 @dataclass(frozen=True, eq=False)
 class Bound:
@@ -158,10 +163,12 @@ class Bound:
         Args:
             x: data (batch, *event).
         """
+        return self._prior(x, self._kernel(torch.full((1,), self.diffusion.process.horizon, dtype=torch.float64)))
+
+    def _prior(self, x: Tensor, last: _Kernel) -> Tensor:
         process = self.diffusion.process
         k = process.channels
-        last = torch.full((1,), process.horizon, dtype=torch.float64)
-        phi, root, given_start = (m[0] for m in self._kernel(last)[:3])
+        phi, root, given_start = (m[0] for m in last[:3])
         centre, scale = (
             (torch.zeros(k, dtype=torch.float64), process.prior()) if self.terminal is None else self.terminal
         )
@@ -195,11 +202,10 @@ class Bound:
                 without, it is exact, by one backward pass for every coordinate that carries noise.
             condition: handed to the model.
         """
-        process = self.diffusion.process
+        process, kernel = self.diffusion.process, self._kernel(t)
         if self._form == "denoising":
-            snr, rate = process.information(t)
-            return -0.5 * rate.to(x.device) * self._denoising_error(x, snr, noise, **condition)
-        kernel = self._kernel(t)
+            sigma, rate = self._information(kernel, t)
+            return -0.5 * rate.to(x.device) * self._denoising_error(x, sigma, noise, **condition)
         if self._form == "ism":
             return self._implicit(x, t, kernel, noise, probe, **condition)
         by_start = self._form == "dsm"
@@ -220,10 +226,10 @@ class Bound:
         process, d = self.diffusion.process, noise[0, 0].numel()
         if self._form == "ism":
             raise ValueError("Bound: the form 'ism' has no control variate.")
-        if self._form == "denoising":
-            snr, rate = process.information(t)
-            return -0.5 * (rate / snr).to(noise.device) * (_squares(noise) - d)
         kernel = self._kernel(t)
+        if self._form == "denoising":
+            sigma, rate = self._information(kernel, t)
+            return -0.5 * (rate * sigma.square()).to(noise.device) * (_squares(noise) - d)
         root = kernel.given_start if self._form == "dsm" else kernel.given_x
         gain = torch.linalg.solve_triangular(root, psd_sqrt(process.diffusion(t)), upper=False)
         mean = d * gain.square().sum((-2, -1)).to(noise.device)
@@ -236,14 +242,14 @@ class Bound:
         xi = noise[:, : self.diffusion.process.channels]
         if self._form != "denoising" and self.decoder == "data":
             t = torch.full((1,), self.t_min, dtype=torch.float64)
-            xi = mix(self._reader(self._kernel(t))[0], xi)
+            xi = mix(_reader(self._kernel(t))[0], xi)
         return -0.5 * (_squares(xi) - xi[0].numel())
 
-    def _reader(self, kernel: _Kernel) -> tuple[Tensor, Tensor]:
-        """w' = (L^-1 m / |L^-1 m|)', the direction of noise that the data-only decoder reads, (N, 1, K), and sigma."""
-        w = torch.linalg.solve_triangular(kernel.given_x, kernel.phi[..., :1], upper=False).mT
-        length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-        return w / length, length.flatten().reciprocal()
+    def _information(self, kernel: _Kernel, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma and -d snr/dt at the kernel's times, each (N,)."""
+        direction, sigma = _reader(kernel)
+        pull = torch.linalg.solve_triangular(kernel.given_x.mT, direction.mT, upper=True) / sigma[:, None, None]
+        return sigma, (pull.mT @ self.diffusion.process.diffusion(t) @ pull)[..., 0, 0]
 
     def start(self, x: Tensor, noise: Tensor, **condition: Any) -> Tensor:
         """The term that closes [0, t_min], in nats: (batch,), in float64.
@@ -258,18 +264,20 @@ class Bound:
 
     def start_constant(self, x: Tensor) -> Tensor:
         """What of :meth:`start` is no square of a mismatch: its log determinants and entropies, a scalar in nats."""
-        process, d = self.diffusion.process, x[0].numel()
-        k = process.channels
+        first = self._kernel(torch.full((1,), self.t_min, dtype=torch.float64)) if self.t_min > 0 else None
+        return self._start_constant(x, first)
+
+    def _start_constant(self, x: Tensor, first: _Kernel | None) -> Tensor:
+        k, d = self.diffusion.process.channels, x[0].numel()
         constant = torch.zeros((), dtype=torch.float64)
         if self.decoder != "data" and k > 1:
             constant = constant + d * (_log_det(self._start_root()) + 0.5 * (k - 1) * math.log(2 * math.pi * math.e))
-        if self.t_min > 0:
-            t = torch.full((1,), self.t_min, dtype=torch.float64)
-            phi, root, given_start = (m[0] for m in self._kernel(t)[:3])
+        if first is not None:
+            phi, root, given_start = (m[0] for m in first[:3])
             entropy = 0.5 * k * math.log(2 * math.pi * math.e)
             h_x, h_u = d * (_log_det(root) + entropy), d * (_log_det(given_start) + entropy)
             if self.decoder == "data":
-                constant = constant + h_x - 0.5 * d * (math.log(2 * math.pi) - process.snr(t)[0].log())
+                constant = constant + h_x - d * (0.5 * math.log(2 * math.pi) + _reader(first)[1][0].log())
             elif self.decoder == "joint":
                 constant = constant + d * (torch.linalg.slogdet(phi).logabsdet + 0.5 * k)
             if self._form != "ism":
@@ -278,49 +286,59 @@ class Bound:
 
     def _start_squares(self, x: Tensor, t: Tensor, noise: Tensor, **condition: Any) -> Tensor:
         """The squared mismatch of the decoder, (batch,)."""
-        process = self.diffusion.process
         if self.decoder == "none":
             return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-        if self._form == "denoising":
-            snr = process.snr(t)
-            return snr.to(x.device) * self._denoising_error(x, snr, noise, **condition)
         kernel = self._kernel(t)
+        if self._form == "denoising":
+            sigma = _reader(kernel)[1]
+            return self._denoising_error(x, sigma, noise, **condition) / sigma.square().to(x.device)
         e = self._mismatch(x, t, kernel, noise, self.decoder == "joint", **condition)
         if self.decoder == "joint":
             return _squares(e)
-        return _squares(mix(self._reader(kernel)[0], e))
+        return _squares(mix(_reader(kernel)[0], e))
 
-    def error(self, x: Tensor, t: Tensor, at_start: Tensor, noise: Tensor, **condition: Any) -> tuple[Tensor, Tensor]:
-        """Path integrands and the decoder's halved squares in one call of the model, for training.
+    def sampled(
+        self, x: Tensor, t: Tensor, at_start: Tensor, weight: Tensor, noise: Tensor, **condition: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Minus the bound from one draw per sample, for training: the model is called once, and the kernel once.
 
         Args:
             x: data (batch, *event).
             t: times (batch,), float64; ``t_min`` where ``at_start``.
-            at_start: which samples serve the start term, (batch,), bool, on the CPU.
+            at_start: which samples serve the start term, and not the path, (batch,), bool, on the CPU.
+            weight: one over the density of each draw, (batch,), float64.
             noise: standard normal (batch, noises, *event).
+            condition: handed to the model.
 
         Returns:
-            The negative of :meth:`path`, or half the decoder's squared mismatch, (batch,); and noise levels, (batch,).
+            Minus :meth:`prior`, less the constant of :meth:`start`, plus ``weight`` times the sample's term, (batch,),
+            in float64; and noise levels, (batch,).
         """
-        process = self.diffusion.process
-        if self._form == "denoising":
-            snr, rate = process.information(t)
-            factor = torch.where(at_start, snr, rate).to(x.device)
-            return 0.5 * factor * self._denoising_error(x, snr, noise, **condition), snr.rsqrt()
-        if self._form != "hybrid" or self.decoder != "data":
+        if self.decoder != "data" or self._form not in ("denoising", "hybrid"):
             raise ValueError(f"Bound: training uses forms 'denoising' and 'hybrid' with decoder 'data', got {self}.")
-        kernel = self._kernel(t)
-        e = self._mismatch(x, t, kernel, noise, False, **condition)
-        reader, sigma = self._reader(kernel)
-        reader = torch.nn.functional.pad(reader, (0, 0, 0, process.channels - 1))
-        gain = torch.linalg.solve_triangular(kernel.given_x, psd_sqrt(process.diffusion(t)), upper=False).mT
-        return 0.5 * _squares(mix(torch.where(at_start[:, None, None], reader, gain), e)), sigma
+        process, n = self.diffusion.process, len(t)
+        ends = torch.tensor([self.t_min, process.horizon], dtype=torch.float64)
+        everywhere = self._kernel(torch.cat([t, ends]))
+        kernel = everywhere.at(slice(n))
+        if self._form == "denoising":
+            sigma, rate = self._information(kernel, t)
+            factor = torch.where(at_start, sigma.square().reciprocal(), rate).to(x.device)
+            squares = factor * self._denoising_error(x, sigma, noise, **condition)
+        else:
+            reader, sigma = _reader(kernel)
+            reader = torch.nn.functional.pad(reader, (0, 0, 0, process.channels - 1))
+            gain = torch.linalg.solve_triangular(kernel.given_x, psd_sqrt(process.diffusion(t)), upper=False).mT
+            e = self._mismatch(x, t, kernel, noise, False, **condition)
+            squares = _squares(mix(torch.where(at_start[:, None, None], reader, gain), e))
+        first, last = everywhere.at(slice(n, n + 1)), everywhere.at(slice(n + 1, n + 2))
+        value = 0.5 * weight.to(x.device) * squares - self._prior(x, last) - self._start_constant(x, first)
+        return value, sigma
 
     # -- mismatches ----------------------------------------------------------------------------------------------------
 
-    def _denoising_error(self, x: Tensor, snr: Tensor, noise: Tensor, **condition: Any) -> Tensor:
+    def _denoising_error(self, x: Tensor, sigma: Tensor, noise: Tensor, **condition: Any) -> Tensor:
         """|x - D(x + sigma n, sigma)|^2, (batch,)."""
-        sigma = snr.rsqrt().to(x)
+        sigma = sigma.to(x)
         noisy = x + sigma.reshape(-1, *[1] * (x.ndim - 1)) * noise[:, 0]
         return _squares(x - self.diffusion.denoiser(noisy, sigma.expand(x.shape[0]), **condition))
 
@@ -362,6 +380,13 @@ class Bound:
         pushed = mix(g.mT, score)  # g's, of r channels
         drift = process.drift(t).diagonal(dim1=-2, dim2=-1).sum(-1)
         return -0.5 * _squares(pushed) - divergence + d * drift.to(x.device)
+
+
+def _reader(kernel: _Kernel) -> tuple[Tensor, Tensor]:
+    """w' = (L^-1 m / |L^-1 m|)', the direction of noise that the data-only decoder reads, (N, 1, K), and sigma (N,)."""
+    w = torch.linalg.solve_triangular(kernel.given_x, kernel.phi[..., :1], upper=False).mT
+    length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    return w / length, length.flatten().reciprocal()
 
 
 def _log_det(root: Tensor) -> Tensor:

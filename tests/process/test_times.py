@@ -91,6 +91,11 @@ def test_the_table_follows_a_process_that_learns():
     assert not torch.allclose(before, after)
     assert torch.equal(after, InformationTimes().draw(process, 1e-3, u)[0])
     assert not after.requires_grad
+    first = earliest(process, 0.01)
+    process.D_raw.grad = torch.ones_like(process.D_raw)  # a fused step, which torch's version counters do not see
+    torch.optim.Adam([process.D_raw], lr=0.1, fused=True).step()
+    assert not torch.allclose(times.draw(process, 1e-3, u)[0], after)
+    assert earliest(process, 0.01) != first
 
 
 @pytest.mark.parametrize("process", [*PROCESSES.values(), FlowMatching(), VE()], ids=lambda p: type(p).__name__)

@@ -97,8 +97,7 @@ class _Tabulated(TimeDensity):
 
     def _table(self, process: LinearProcess, t_min: float) -> Tensor:
         """Rows (ln t, C in [0, 1], d ln t / dC), kept until the process's parameters change; (3, points)."""
-        versions = tuple(p._version for p in process.parameters()) if isinstance(process, nn.Module) else ()
-        key = (t_min, versions)
+        key = (t_min, _state(process))
         if process not in self._tables or self._tables[process][0] != key:
             with torch.no_grad():
                 log_t = torch.linspace(math.log(t_min), math.log(process.horizon), self.points, dtype=torch.float64)
@@ -145,14 +144,31 @@ class LogSnrTimes(_Tabulated):
         return -0.5 * snr.log(), 0.5 * rate / snr
 
 
+_earliest: weakref.WeakKeyDictionary[LinearProcess, tuple[object, float]] = weakref.WeakKeyDictionary()
+
+
 def earliest(process: LinearProcess, sigma: float) -> float:
     """The time at which the noise level is ``sigma``, to within a tenth: where a bound's decoder may take over.
 
-    :meth:`LinearProcess.time` is exact, and too slow to ask at every step of a process that changes.
+    :meth:`LinearProcess.time` is exact, and too slow to ask at every step of a process that changes. For one that does
+    not, the answer is kept.
 
     Raises:
         ValueError: if the process does not pass that level on (1e-12 T, T).
     """
+    key = (sigma, _state(process))
+    if process not in _earliest or _earliest[process][0] != key:
+        _earliest[process] = (key, _search(process, sigma))
+    return _earliest[process][1]
+
+
+def _state(process: LinearProcess) -> bytes:
+    """The parameters of a learned process, a few numbers; torch's version counters miss what a fused optimiser does."""
+    values = process.parameters() if isinstance(process, nn.Module) else ()
+    return b"".join(p.detach().numpy().tobytes() for p in values)
+
+
+def _search(process: LinearProcess, sigma: float) -> float:
     with torch.no_grad():
         log_t = torch.linspace(math.log(1e-12), 0.0, 41, dtype=torch.float64)
         level = process.sigma((log_t.exp() * process.horizon).clamp(max=process.horizon)).log()

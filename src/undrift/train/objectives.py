@@ -219,8 +219,7 @@ class EvidenceBound(Objective):
         t = torch.where(at_start, t_min, t)
         weight = torch.where(at_start, 1 / self.start_share, 1 / ((1 - self.start_share) * density))
         noise = torch.empty(n, bound.noises, *x.shape[1:], dtype=x.dtype, device=x.device).normal_(generator=generator)
-        error, sigma = bound.error(x, t, at_start, noise, **condition)
-        value = weight.to(x.device) * error - bound.prior(x) - bound.start_constant(x)
+        value, sigma = bound.sampled(x, t, at_start, weight, noise, **condition)
         return (value / x[0].numel()).to(x.dtype), sigma.detach().to(x)
 
 
