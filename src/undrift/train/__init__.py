@@ -3,10 +3,11 @@
 from undrift.train.checkpoint import load, notes, save
 from undrift.train.config import TrainConfig
 from undrift.train.container import CheckpointError
-from undrift.train.data import Dataset, DataSource, Dequantised, Digits, Idx, ImageFolder, Npz, Pixels, Ring
+from undrift.train.data import Dataset, DataSource, Pixels
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
 from undrift.train.local import LocalScoreMatching
 from undrift.train.objectives import Denoising, EvidenceBound, NoiseMatching, Objective
+from undrift.train.sources import Dequantised, Digits, Idx, ImageFolder, Npz, Ring
 from undrift.train.trainer import Fit, Trainer, TrainingDiverged
 
 __all__ = [
