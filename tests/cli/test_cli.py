@@ -184,6 +184,8 @@ def test_a_flag_overrides_the_file_and_a_name_starts_from_defaults(tmp_path):
     assert (run.train.steps, run.train.batch, run.process.gamma, run.process.nu) == (7, 9, 0.05, 5.0)
     run, _ = parse(TrainRun, ["--config", str(file), "--process", "VP"])
     assert describe(run.process) == describe(VP())
+    run, _ = parse(TrainRun, ["--data", "Dequantised", "--data.source.split", "test"])
+    assert (run.data.source.split, run.data.bins) == ("test", 256)  # what lies deeper starts from its default too
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -94,10 +94,11 @@ def _set(data: dict[str, Any], key: str, value: Any, command: type) -> None:
     """Put a flag's value at its path; objects on the way start from the default of their key."""
     *path, last = key.split(".")
     node: Any = data
+    owner: type | None = command
     for i, part in enumerate(path):
         child = node.get(part)
-        if child is None and i == 0 and part in schema(command):
-            default = schema(command)[part][1]
+        annotation, default = schema(owner).get(part, (None, _NONE)) if owner is not None else (None, _NONE)
+        if child is None:
             child = describe(default) if default is not _NONE and default is not None else None
         if isinstance(child, str):
             child = {"type": child}
@@ -108,8 +109,15 @@ def _set(data: dict[str, Any], key: str, value: Any, command: type) -> None:
         else:
             raise ConfigError(f"--{key}: {'.'.join(path[: i + 1])} is {child!r}, which has no keys.")
         node[part] = child
+        owner = _member(annotation, child.get("type"))
         node = child
     node[last] = value
+
+
+def _member(annotation: Any, name: Any) -> type | None:
+    """The class that a configuration names where ``annotation`` is expected, if it is one of its family."""
+    options = typing.get_args(annotation) or (annotation,)
+    return next((family(o)[name] for o in options if inspect.isclass(o) and name in family(o)), None)
 
 
 def to_yaml(run: Any) -> str:
