@@ -144,8 +144,7 @@ def elbo(
             LogSnrTimes() if bound.noises == 1 and isinstance(diffusion, Diffusion) else InformationTimes()
         )
         # Salted: points that were drawn with the same seed would be correlated with the times.
-        salted = seed if isinstance(seed, torch.Generator) else seed ^ 0xE1B0
-        generator = salted if isinstance(salted, torch.Generator) else torch.Generator(x.device).manual_seed(salted)
+        generator = torch.Generator(x.device).manual_seed(seed ^ 0xE1B0) if isinstance(seed, int) else seed
 
         def uniform(*shape: int) -> Tensor:
             u = torch.empty(*shape, dtype=torch.float64, device=x.device)
