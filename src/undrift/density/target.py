@@ -1,0 +1,473 @@
+r"""A density on R^d that can only be evaluated: :math:`\pi(x) = \gamma(x) / Z`, with :math:`\log \gamma` given.
+
+Notation, here and in the whole package:
+
+    gamma   the density as given, not normalised;  log_prob = log gamma, (batch, d) -> (batch,)
+    score   its gradient, grad log gamma, (batch, d) -> (batch, d)
+    Z       the normaliser, or evidence;  log_z = log Z where it is known
+    x       a point of R^d. Constrained parameters are sampled in unconstrained coordinates: see parameters.py
+
+A target counts what is asked of it, in points: a value and a gradient of one point at once count as one gradient.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from undrift.density.parameters import Parameters
+
+__all__ = ["AffineTarget", "Evaluations", "Point", "Target", "TargetError"]
+
+
+class TargetError(ValueError):
+    """A target that cannot be sampled as it is; the message says what was seen, what was expected and what to do."""
+
+
+@dataclass
+class Evaluations:
+    """Points at which a target was evaluated.
+
+    Attributes:
+        values: log densities without a gradient.
+        gradients: gradients; the log density of the same point comes with them.
+    """
+
+    values: int = 0
+    gradients: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.values + self.gradients
+
+    def copy(self) -> Evaluations:
+        return Evaluations(self.values, self.gradients)
+
+    def __sub__(self, other: Evaluations) -> Evaluations:
+        return Evaluations(self.values - other.values, self.gradients - other.gradients)
+
+    def __add__(self, other: Evaluations) -> Evaluations:
+        return Evaluations(self.values + other.values, self.gradients + other.gradients)
+
+
+class Point(NamedTuple):
+    """Points with what is known of the target there.
+
+    Attributes:
+        x: (n, d).
+        log_prob: log gamma(x), (n,).
+        score: its gradient, (n, d).
+    """
+
+    x: Tensor
+    log_prob: Tensor
+    score: Tensor
+
+    def take(self, index: Tensor | slice) -> Point:
+        """The points at an index into the batch."""
+        return Point(self.x[index], self.log_prob[index], self.score[index])
+
+    @staticmethod
+    def where(choose: Tensor, yes: Point, no: Point) -> Point:
+        """Point by point: ``yes`` where ``choose`` (n,) holds, else ``no``."""
+        column = choose.unsqueeze(-1)
+        return Point(
+            torch.where(column, yes.x, no.x),
+            torch.where(choose, yes.log_prob, no.log_prob),
+            torch.where(column, yes.score, no.score),
+        )
+
+
+class Target:
+    """A density known up to a constant, from a batched function.
+
+    Args:
+        log_prob: log gamma of a batch of points, (batch, dim) -> (batch,). Differentiable by autograd, unless ``score``
+            is given. -inf outside the support.
+        dim: number of coordinates d.
+        score: gradient of ``log_prob``, (batch, dim) -> (batch, dim), if there is a better way than autograd.
+        sample: exact draws, ``sample(n, generator) -> (n, dim)``, where they are known.
+        log_z: log of the integral of gamma, where it is known.
+        parameters: names, shapes and constraints of what x stands for; see :meth:`constrained`.
+        name: for reports.
+
+    Example:
+        >>> target = Target(lambda x: -0.5 * x.square().sum(-1), dim=2)
+        >>> target.log_prob(torch.zeros(3, 2))
+        tensor([-0., -0., -0.])
+    """
+
+    dim: int
+    log_z: float | None = None
+    parameters: Parameters | None = None
+    exact: bool = False
+    """Whether :meth:`sample` knows exact draws."""
+    _sampler: Callable[[int, torch.Generator], Tensor] | None = None
+    _given_score: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(
+        self,
+        log_prob: Callable[[Tensor], Tensor],
+        dim: int,
+        *,
+        score: Callable[[Tensor], Tensor] | None = None,
+        sample: Callable[[int, torch.Generator], Tensor] | None = None,
+        log_z: float | None = None,
+        parameters: Parameters | None = None,
+        name: str | None = None,
+    ) -> None:
+        if not callable(log_prob):
+            raise TargetError(f"Target: log_prob must be a function of a batch of points, got {log_prob!r}.")
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise TargetError(f"Target: dim must be the number of coordinates, at least 1, got {dim!r}.")
+        self._function, self.dim, self._given_score, self._sampler = log_prob, dim, score, sample
+        self.exact = sample is not None
+        self.log_z, self.parameters = log_z, parameters
+        self._name = name or getattr(log_prob, "__name__", type(log_prob).__name__)
+
+    @classmethod
+    def constrained(
+        cls,
+        log_prob: Callable[[Mapping[str, Tensor]], Tensor],
+        parameters: Parameters | Mapping[str, object],
+        *,
+        log_z: float | None = None,
+        name: str | None = None,
+    ) -> Target:
+        r"""A density of named, constrained parameters, sampled without its constraints.
+
+        The target's x lives on R^d; its density is :math:`\gamma(\theta(x)) |\det d\theta / dx|`, so that draws,
+        mapped by :meth:`constrain`, have the density as given, with the same Z.
+
+        Args:
+            log_prob: of a mapping from names to tensors (batch, *shape); returns (batch,).
+            parameters: as :class:`Parameters` takes them: name -> constraint, or (constraint, *shape).
+            log_z: of the constrained density, where it is known.
+            name: for reports.
+        """
+        space = parameters if isinstance(parameters, Parameters) else Parameters(parameters)
+
+        def density(x: Tensor) -> Tensor:
+            values, log_det = space.constrain(x)
+            return log_prob(values) + log_det
+
+        label = name or getattr(log_prob, "__name__", "posterior")
+        return Target(density, space.dim, log_z=log_z, parameters=space, name=label)
+
+    @classmethod
+    def of(cls, distribution: torch.distributions.Distribution, name: str | None = None) -> Target:
+        """A ``torch.distributions`` object as a target, on unconstrained coordinates, with log Z = 0.
+
+        Args:
+            distribution: of batch shape (); any event shape and any support with a bijection from R^d.
+            name: for reports.
+        """
+        if tuple(distribution.batch_shape) != ():
+            raise TargetError(
+                f"Target.of: the distribution has batch shape {tuple(distribution.batch_shape)}, a target is one "
+                "density: wrap the batch as an event with torch.distributions.Independent."
+            )
+        support = distribution.support
+        if support is None or support.is_discrete:
+            raise TargetError(f"Target.of: {type(distribution).__name__} is not a density on a continuous support.")
+        space = Parameters({"x": (support, *distribution.event_shape)})
+
+        def density(x: Tensor) -> Tensor:
+            values, log_det = space.constrain(x)
+            return distribution.log_prob(values["x"]) + log_det
+
+        def draw(n: int, generator: torch.Generator) -> Tensor:
+            # torch.distributions draw from the global generator: borrow its state, and give it back.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
+                return space.unconstrain({"x": distribution.sample((n,))})
+
+        label = name or type(distribution).__name__
+        parameters = None if space.trivial else space
+        return Target(density, space.dim, sample=draw, log_z=0.0, parameters=parameters, name=label)
+
+    # -- what benchmark targets override -------------------------------------------------------------------------------
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        """log gamma, (batch, d) -> (batch,)."""
+        return self._function(x)
+
+    def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """log gamma and its gradient in one go, or None where autograd is to find them."""
+        if self._given_score is None:
+            return None
+        return self._log_density(x), self._given_score(x)
+
+    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Exact draws (n, d) in float64; asked for only where ``exact``."""
+        assert self._sampler is not None
+        return self._sampler(n, generator)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        """What has been asked of the target so far."""
+        return Evaluations()
+
+    @property
+    def name(self) -> str:
+        return getattr(self, "_name", type(self).__name__)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log gamma(x): (batch, d) -> (batch,)."""
+        self._check_points(x)
+        self.evaluations.values += x.shape[0]
+        return self._checked(x, self._log_density(x))
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log gamma(x) and its gradient, (batch,) and (batch, d), from one evaluation; no graph is kept."""
+        self._check_points(x)
+        self.evaluations.gradients += x.shape[0]
+        known = self._gradient(x.detach())
+        if known is not None:
+            value, score = known
+            value = self._checked(x, value)
+            if score.shape != x.shape:
+                raise TargetError(
+                    f"{self.name}: score must have the shape of the points, {tuple(x.shape)}, got {tuple(score.shape)}."
+                )
+            return value.detach(), score.detach()
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = self._checked(x, self._log_density(leaf))
+            if not value.requires_grad:
+                raise TargetError(
+                    f"{self.name}: log_prob does not depend on x for autograd (detached, or computed in numpy?). "
+                    "Compute it with torch operations, or give score=."
+                )
+            (score,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), score
+
+    def score(self, x: Tensor) -> Tensor:
+        """grad log gamma(x), same shape as x (batch, d)."""
+        return self.log_prob_and_score(x)[1]
+
+    def at(self, x: Tensor) -> Point:
+        """Points with value and score."""
+        return Point(x, *self.log_prob_and_score(x))
+
+    def sample(self, n: int, seed: int | torch.Generator = 0) -> Tensor:
+        """Exact draws, (n, d).
+
+        Raises:
+            TargetError: if the target has none; ``exact`` tells.
+        """
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        if not self.exact:
+            raise TargetError(f"{self.name} has no exact samples; draw with undrift.density.anneal.")
+        return self._draw(n, generator)
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]:
+        """Points (n, d) as named parameters (n, *shape), on their own scale; {"x": x} for a target without names."""
+        return {"x": x} if self.parameters is None else self.parameters.constrain(x)[0]
+
+    @property
+    def labels(self) -> list[str]:
+        """One name for each constrained scalar, such as "theta[2]"."""
+        return [f"x[{i}]" for i in range(self.dim)] if self.parameters is None else self.parameters.labels
+
+    # -- faults that are found before any work -------------------------------------------------------------------------
+
+    def _check_points(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise TargetError(
+                f"{self.name}: points must have shape (batch, {self.dim}), got {tuple(x.shape)}"
+                + ("; one point is x.unsqueeze(0)." if tuple(x.shape) == (self.dim,) else ".")
+            )
+
+    def _checked(self, x: Tensor, value: Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise TargetError(f"{self.name}: log_prob must return a tensor, got {type(value).__name__}.")
+        if value.shape == x.shape[:1]:
+            return value
+        hint = f"return one log density a point, shape ({x.shape[0]},)"
+        if value.ndim == 0:
+            hint += "; the batch dimension was summed as well: reduce over the last axis only, as in .sum(-1)"
+        elif value.shape == x.shape:
+            hint += "; the coordinates were not summed: end with .sum(-1)"
+        elif value.ndim == 2 and value.shape[1] == 1:
+            hint += "; drop the last axis, as in .squeeze(-1)"
+        raise TargetError(
+            f"{self.name}: log_prob of points {tuple(x.shape)} returned shape {tuple(value.shape)}; {hint}."
+        )
+
+    def check(self, x: Tensor, gradient: bool = True) -> None:
+        """Look for faults at points x (n, d), n >= 2, in float64 if the gradient is to be checked.
+
+        Finds: wrong shapes, a forgotten batch dimension (values that depend on the other points of the batch), values
+        that differ between two calls, values or scores that are not finite, and a score that is not the gradient of
+        the log density, by central differences along random directions.
+
+        Raises:
+            TargetError: naming the fault, the point, and what to do.
+        """
+        value, score = self.log_prob_and_score(x)
+        bad = torch.isnan(value) | (value == math.inf)
+        if bool(bad.any()):
+            i = int(bad.nonzero()[0])
+            raise TargetError(
+                f"{self.name}: log_prob is {float(value[i])} at {self._show(x[i])}, and at {int(bad.sum())} of "
+                f"{len(x)} points. It must be finite, or -inf outside the support; look for logs of "
+                "negative numbers, 0/0 and overflow, or use constrained parameters."
+            )
+        inside = torch.isfinite(value)
+        if not bool(inside.any()):
+            raise TargetError(
+                f"{self.name}: log_prob is -inf at all {len(x)} points tried, such as {self._show(x[0])}. Give a start "
+                "inside the support (loc= and scale= of an affine map), or use constrained parameters."
+            )
+        broken = inside & ~torch.isfinite(score).all(-1)
+        if bool(broken.any()):
+            i = int(broken.nonzero()[0])
+            raise TargetError(
+                f"{self.name}: log_prob is {float(value[i]):.6g} at {self._show(x[i])} but its gradient is not finite. "
+                "Look for torch.where around an invalid branch, sqrt or norm at 0."
+            )
+        again = self.log_prob(x)
+        if not torch.equal(again[inside], value[inside]) and not torch.allclose(
+            again[inside], value[inside], rtol=1e-9
+        ):
+            raise TargetError(
+                f"{self.name}: two calls at the same points gave different values (by up to "
+                f"{float((again - value)[inside].abs().max()):.3g}). A target must be a function; fix its randomness."
+            )
+        alone = torch.cat([self.log_prob(x[i : i + 1]) for i in range(min(2, len(x)))])
+        expected = value[: len(alone)]
+        fine = torch.isfinite(expected)
+        tolerance = 1e-4 if x.dtype == torch.float32 else 1e-8
+        gap = (alone - expected)[fine].abs()
+        if bool((gap > tolerance * (1 + expected[fine].abs())).any()):
+            raise TargetError(
+                f"{self.name}: the log density of a point changes by {float(gap.max()):.3g} with the other points of "
+                "its batch. It must treat points one by one: reduce over the last axis only, and mind broadcasting."
+            )
+        if gradient:
+            self._check_gradient(x[inside], score[inside])
+
+    def _check_gradient(self, x: Tensor, score: Tensor) -> None:
+        x, score = x[:8].double(), score[:8].double()
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        direction /= direction.norm(dim=-1, keepdim=True)
+        slope = (score * direction).sum(-1)
+        reach = 1e-5 * (1 + x.norm(dim=-1, keepdim=True))
+        best = torch.full_like(slope, math.inf)
+        worth = torch.zeros_like(slope)
+        for factor in (1.0, 1e-2):  # a step that suits the target's scale is not known
+            h = factor * reach
+            ends = self.log_prob(torch.cat([x + h * direction, x - h * direction]))
+            up, down = ends.double().chunk(2)
+            found = (up - down) / (2 * h.squeeze(-1))
+            noise = 1e-13 * (up.abs() + down.abs()) / h.squeeze(-1)
+            miss = ((found - slope).abs() - noise).clamp(min=0) / (slope.abs() + found.abs()).clamp(min=1e-3)
+            better = torch.isfinite(miss) & (miss < best)
+            best, worth = torch.where(better, miss, best), torch.where(better, found, worth)
+        wrong = torch.isfinite(best) & (best > 1e-3)
+        if x.shape[0] and bool(wrong.all()):  # a kink may spoil one point, not all
+            i = int(best.argmax())
+            raise TargetError(
+                f"{self.name}: the score is not the gradient of log_prob. Along a random direction at "
+                f"{self._show(x[i])} the score says {float(slope[i]):.6g}, differences of log_prob say "
+                f"{float(worth[i]):.6g}. Correct score=, or leave it out and let autograd find it."
+            )
+
+    @staticmethod
+    def _show(x: Tensor) -> str:
+        head = ", ".join(f"{v:.4g}" for v in x[:4].tolist())
+        return f"x = ({head}{', ...' if x.numel() > 4 else ''})"
+
+    # -- coordinates ---------------------------------------------------------------------------------------------------
+
+    def affine(self, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> AffineTarget:
+        """The same density in coordinates z, x = loc + scale z; see :class:`AffineTarget`."""
+        return AffineTarget(self, loc, scale)
+
+    def __repr__(self) -> str:
+        if "__dataclass_fields__" in dir(type(self)):
+            fields = ", ".join(f"{k}={getattr(self, k)!r}" for k in inspect.signature(type(self)).parameters)
+            return f"{type(self).__name__}({fields})"
+        return f"Target({self.name}, dim={self.dim})"
+
+
+class AffineTarget(Target):
+    r"""A target seen in coordinates z with :math:`x = m + A z`: density :math:`\gamma(m + A z) |\det A|`, same Z.
+
+    It shares the counter of the target it shows.
+
+    Args:
+        inner: the target.
+        loc: m, a number or (d,).
+        scale: A, a positive number, positive (d,), or an invertible matrix (d, d), such as a Cholesky factor.
+    """
+
+    def __init__(self, inner: Target, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
+        d = inner.dim
+        m = torch.as_tensor(loc, dtype=torch.float64)
+        a = torch.as_tensor(scale, dtype=torch.float64)
+        if m.shape not in ((), (d,)):
+            raise TargetError(f"affine: loc must be a number or have shape ({d},), got {tuple(m.shape)}.")
+        if a.shape not in ((), (d,), (d, d)):
+            raise TargetError(
+                f"affine: scale must be a number, or have shape ({d},) or ({d}, {d}), got {tuple(a.shape)}."
+            )
+        if not bool(torch.isfinite(m).all() and torch.isfinite(a).all()):
+            raise TargetError("affine: loc and scale must be finite.")
+        if a.ndim < 2 and not bool((a > 0).all()):
+            raise TargetError(f"affine: scale must be positive, its smallest entry is {float(a.min()):.3g}.")
+        if a.ndim == 2:
+            log_det = float(torch.linalg.slogdet(a).logabsdet)
+            if not math.isfinite(log_det):
+                raise TargetError("affine: the matrix scale is singular; give a factor of a full covariance.")
+        else:
+            log_det = float(a.expand(d).log().sum())
+        self.inner, self.dim, self.loc, self.scale, self.log_det = inner, d, m.expand(d), a, log_det
+        self.log_z, self.parameters, self._name = inner.log_z, inner.parameters, inner.name
+        self._placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.exact = inner.exact
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        return self.inner.evaluations
+
+    def _on(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        key = (x.device, x.dtype)
+        if key not in self._placed:
+            self._placed[key] = self.loc.to(x), self.scale.to(x)
+        return self._placed[key]
+
+    def to_x(self, z: Tensor) -> Tensor:
+        """x = m + A z, (n, d)."""
+        m, a = self._on(z)
+        return m + (z @ a.mT if a.ndim == 2 else a * z)
+
+    def to_z(self, x: Tensor) -> Tensor:
+        """z = A^-1 (x - m), (n, d)."""
+        m, a = self._on(x)
+        return torch.linalg.solve(a, (x - m).mT).mT if a.ndim == 2 else (x - m) / a
+
+    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.to_z(self.inner.sample(n, generator))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.inner.log_prob(self.to_x(x)) + self.log_det
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value, score = self.inner.log_prob_and_score(self.to_x(x))
+        _, a = self._on(score)
+        return value + self.log_det, score @ a if a.ndim == 2 else score * a
+
+    def constrain(self, x: Tensor) -> dict[str, Tensor]:
+        return self.inner.constrain(self.to_x(x))
