@@ -37,7 +37,7 @@ from undrift.train import (
     TrainConfig,
     Trainer,
 )
-from undrift.train.container import read_file
+from undrift.container import read_file
 
 SMALL = TrainConfig(steps=24, batch=32, lr=2e-3, warmup=5, ema=500.0, log_every=7, checkpoint_every=8)
 EVERYTHING = ("Q", "D", "S", "start", "clock")

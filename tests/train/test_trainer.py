@@ -27,7 +27,7 @@ from undrift.train import (
     TrainingDiverged,
     load,
 )
-from undrift.train.container import read_file
+from undrift.container import read_file
 from undrift.train.trainer import step_seed
 
 SMALL = TrainConfig(steps=30, batch=32, lr=2e-3, warmup=5, ema=500.0, log_every=7, checkpoint_every=10)

@@ -310,7 +310,7 @@ def _check_dilation(path: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Dilation(Path):
-    r"""The law of :math:`\sqrt\lambda X`, of density :math:`\lambda^{-d/2} \pi(x / \sqrt\lambda)`: from Dirac to target.
+    r"""The law of :math:`\sqrt\lambda X`, density :math:`\lambda^{-d/2} \pi(x / \sqrt\lambda)`: from Dirac to target.
 
     Its score is closed, its mode weights are those of the target at every level, and so are its barriers: an exact
     sampler gains nothing by it. Steps that are too long for the early levels heat the walkers, and that is what makes

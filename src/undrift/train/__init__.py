@@ -2,7 +2,7 @@
 
 from undrift.train.checkpoint import load, notes, save
 from undrift.train.config import TrainConfig
-from undrift.train.container import CheckpointError
+from undrift.container import CheckpointError
 from undrift.train.data import Dataset, DataSource, Pixels
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
 from undrift.train.local import LocalScoreMatching

@@ -89,7 +89,7 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     place = Path(path)
     if not place.is_file():
         raise FileNotFoundError(
-            f"no checkpoint at {place.absolute()}; training writes model.safetensors in its folder."
+            f"no checkpoint at {place.absolute()}; undrift train writes model.safetensors in its folder."
         )
     raw = place.read_bytes()
     if raw[:2] == b"PK" or (raw[:1] == b"\x80" and raw[1:2] in b"\x00\x01\x02\x03\x04\x05" and raw[3:8].strip(b"\x00")):
