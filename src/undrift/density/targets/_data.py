@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Placed", "load_json", "load_npz"]
+__all__ = ["Placed", "Reference", "load_json", "load_npz", "references"]
 
 
 @functools.cache
@@ -45,3 +45,24 @@ class Placed:
         if key not in self._copies:
             self._copies[key] = {name: value.to(x) for name, value in self._home.items()}
         return self._copies[key]
+
+
+class Reference(NamedTuple):
+    """What reference draws say of one scalar, with Monte Carlo standard errors.
+
+    Attributes:
+        mean: of the draws.
+        sd: standard deviation.
+        mcse_mean: standard error of ``mean``.
+        mcse_sd: standard error of ``sd``.
+    """
+
+    mean: float
+    sd: float
+    mcse_mean: float
+    mcse_sd: float
+
+
+def references(name: str) -> dict[str, Reference]:
+    """Reference of every scalar of a posterior, by the label that :attr:`Target.labels` gives it."""
+    return {label: Reference(*numbers) for label, numbers in load_json("references")[name].items()}

@@ -123,8 +123,8 @@ class DoubleWell(Target):
 class ManyWell(Target):
     r"""d/2 uneven double wells, one for each pair (u, v): :math:`\exp(u/2 + 6 u^2 - u^4 - v^2/2)`.
 
-    Pairs are (x_0, x_1), (x_2, x_3), ... Midgley et al., Flow Annealed Importance Sampling Bootstrap (arXiv 2208.01893),
-    with d = 32: 65 536 modes. In each pair the well at u > 0 has the share 0.8443071 of the mass,
+    Pairs are (x_0, x_1), (x_2, x_3), ... Midgley et al., Flow Annealed Importance Sampling Bootstrap (arXiv
+    2208.01893), with d = 32: 65 536 modes. In each pair the well at u > 0 has the share 0.8443071 of the mass,
     :math:`\int \exp(u/2 + 6u^2 - u^4) du = 11784.509265`, and u has mean 1.18796098 and mean square 2.95980609 (by
     quadrature).
 
