@@ -7,8 +7,9 @@ subclasses that are in memory: nothing is ever imported because a file says so.
     build({"type": "PSLD", "gamma": 0.02, "clock": {"type": "ConstantClock", "rate": 4.0}}, LinearProcess)
 
 A name alone stands for its defaults: ``build("VP", LinearProcess)``. It may go without capitals and without the noun of
-its family: where a LinearProcess is expected, "learned" is LearnedProcess. Every error names the place, what stood
-there, and what would be allowed.
+its family: where a LinearProcess is expected, "learned" is LearnedProcess; and the beginning of a name, or of a word
+within it, is enough where it is that of one member only. Every error names the place, what stood there, and what would
+be allowed.
 """
 
 from __future__ import annotations
@@ -207,10 +208,22 @@ def _build_object(data: Any, expected: type, place: str) -> Any:
 
 
 def _in_full(name: str, base: type, members: Mapping[str, Any]) -> str:
-    """The member that a short name means, or the name itself if that is none, or more than one."""
-    noun = re.sub(".*(?=[A-Z])", "", base.__name__)
-    found = [m for m in members if m.lower() in (name.lower(), (name + noun).lower())]
-    return found[0] if len(found) == 1 else name
+    """The member that a short name means, or the name itself if that is none, or more than one.
+
+    A short name is, in this order: the name in other capitals, with or without the noun of its family; its beginning;
+    the beginning of a word within it.
+    """
+    noun = re.sub(".*(?=[A-Z])", "", base.__name__).lower()
+    low = name.lower()
+    for means in (
+        lambda m: m.lower() in (low, low + noun),
+        lambda m: low and m.lower().startswith(low),
+        lambda m: low and any(m[i:].lower().startswith(low) for i, c in enumerate(m) if c.isupper()),
+    ):
+        found = [m for m in members if means(m)]
+        if found:
+            return found[0] if len(found) == 1 else name
+    return name
 
 
 def _near(name: str, options: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from undrift.config import ConfigError, build, describe, family, schema, show_type
+from undrift.config import ConfigError, _in_full, build, describe, family, schema, show_type
 
 __all__ = ["help_text", "parse", "to_yaml"]
 
@@ -116,8 +116,13 @@ def _set(data: dict[str, Any], key: str, value: Any, command: type) -> None:
 
 def _member(annotation: Any, name: Any) -> type | None:
     """The class that a configuration names where ``annotation`` is expected, if it is one of its family."""
-    options = typing.get_args(annotation) or (annotation,)
-    return next((family(o)[name] for o in options if inspect.isclass(o) and name in family(o)), None)
+    for option in typing.get_args(annotation) or (annotation,):
+        if inspect.isclass(option) and name is not None:
+            members = family(option)
+            full = name if name in members else _in_full(str(name), option, members)
+            if full in members:
+                return members[full]
+    return None
 
 
 def to_yaml(run: Any) -> str:

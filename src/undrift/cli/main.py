@@ -13,6 +13,7 @@ from undrift import __version__
 from undrift.cli.arguments import help_text, parse, to_yaml
 from undrift.cli.compare import CompareRun
 from undrift.cli.demo import DemoRun
+from undrift.cli.density import DensityRun
 from undrift.cli.evaluate import EvaluateRun
 from undrift.cli.report import ReportRun
 from undrift.cli.sample import SampleRun
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type] = {
     "sample": SampleRun,
     "evaluate": EvaluateRun,
     "compare": CompareRun,
+    "density": DensityRun,
     "report": ReportRun,
     "demo": DemoRun,
 }

@@ -201,13 +201,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     return ["process", "sampler", *[f"{b} calls" for b in budgets]], lines
 
 
-def text_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in plain text, columns aligned."""
+def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], names: int = 2) -> str:
+    """A table in plain text, columns aligned: the first ``names`` to the left, numbers to the right."""
     everything = [list(head), *[list(line) for line in lines]]
     widths = [max(len(line[i]) for line in everything) for i in range(len(head))]
 
     def row(line: Sequence[str]) -> str:
-        return "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        return "  ".join(
+            c.ljust(w) if i < names else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
 
     rule = "  ".join("-" * w for w in widths)
     return "\n".join([row(everything[0]).rstrip(), rule, *[row(line).rstrip() for line in everything[1:]]])
