@@ -1,9 +1,9 @@
 r"""Fourteen numbered facts about paths through dilated densities, each with numbers worked out apart from this code.
 
 They hold in x, where the dilation path is :math:`p_\lambda(x) = \lambda^{-d/2} \pi(x / \sqrt\lambda)`, while the
-library works in y = x / sqrt(lambda): :func:`in_x` translates. Where a fact is about a sampler's law, the law is that of
-the sampler's own code: on a Gaussian target a walker is linear in its noise, so walkers that get one unit of noise each,
-at one step each, add up to the variance exactly.
+library works in y = x / sqrt(lambda): :func:`in_x` translates. Where a fact is about a sampler's law, the law is that
+of the sampler's own code: on a Gaussian target a walker is linear in its noise, so walkers that get one unit of noise
+each, at one step each, add up to the variance exactly.
 """
 
 from __future__ import annotations
