@@ -96,10 +96,12 @@ class Engine:
         """
         m = self.m
         self.phase, self.frozen = phase, frozen
+        self.side: bool | None
         if resumed is None:
             self.k, self.j, self.u = 0, 0, 0.0
             self.relative = m.rule.relative if isinstance(m.rule, Adapted) else math.nan
             self.frame: Frame | None = None
+            self.searching, self.side = True, None
             y = m.path.start.sample(repeats * walkers, self.target.dim, self.generator, self.dtype)
             log_w = torch.zeros(repeats, walkers, dtype=torch.float64, device=y.device)
             self.out = Result(State(y), [], log_w, log_w[:, 0].clone(), [], [])
@@ -112,7 +114,7 @@ class Engine:
                 while True:
                     last = self.u >= 1.0
                     count = self._moves_here(last)
-                    while self.j < count:
+                    while self.j < count or self._lost(count, last):
                         self._move(last)
                         self.j += 1
                         if last and self.j >= m.moves and (self.j - m.moves) % m.thin == 0:
@@ -214,6 +216,12 @@ class Engine:
             return 0  # the start law itself
         return m.moves + (m.keep - 1) * m.thin if last else m.moves
 
+    def _lost(self, count: int, last: bool) -> bool:
+        """Whether the first level needs more moves, because no step size was yet too long and none too short."""
+        m = self.m
+        adapting = isinstance(m.rule, Adapted) and self.frozen is None
+        return adapting and 0 < count <= self.j < count + 40 and not (last and m.moves < count) and self.searching
+
     def _density(self) -> LevelDensity:
         density = self.m.path.density(self.target, self.u)
         if self.frame is None:
@@ -261,10 +269,18 @@ class Engine:
             mean = float(info.acceptance.mean())
             self._accepted.append(mean)
             if warm and info.sized and isinstance(rule, Adapted):
-                goal = rule.acceptance or m.move.acceptance
-                self.relative *= math.exp(2.0 * (mean - goal) / math.sqrt(1.0 + self.j))
+                self._adapt(mean - (rule.acceptance or m.move.acceptance))
         elif self.j % 64 == 63:
             self._finite(out.state.y)
+
+    def _adapt(self, excess: float) -> None:
+        """Steer the step: by factors until it was once too long and once too short, then by Robbins-Monro."""
+        if self.searching and self.side in (None, excess > 0):
+            self.side = excess > 0
+            self.relative *= 3.0 if self.side else 1 / 3.0
+            return
+        self.searching = False
+        self.relative *= math.exp(2.0 * excess / math.sqrt(1.0 + self.j))
 
     def _finite(self, y: Tensor) -> None:
         bad = int((~torch.isfinite(y).all(-1)).sum())
@@ -345,6 +361,7 @@ class Engine:
             "relative": _plain(self.relative),
             "moved": out.state.moved,
             "accepted": self._accepted,
+            "searching": [self.searching, self.side],
             "cess": self._cess,
             "step": _plain(self._mean_step),
             "rows": out.rows,
@@ -361,7 +378,7 @@ class Engine:
         point = Point(y, tensors["value"], tensors["score"]) if "value" in tensors else None
         self.k, self.j, self.u, self.relative = plain["k"], plain["j"], plain["u"], _number(plain["relative"])
         self._accepted, self._cess, self._mean_step = plain["accepted"], plain["cess"], _number(plain["step"])
-        self._mark = tensors["generator"]
+        self._mark, (self.searching, self.side) = tensors["generator"], plain["searching"]
         (now,) = _unpack([[self.u, None]], "now", tensors)
         self.frame = now.frame
         kept = list(tensors["kept"]) if "kept" in tensors else []

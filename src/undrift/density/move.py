@@ -177,11 +177,15 @@ class HMC(Move):
 
     Args:
         leapfrogs: most leapfrog steps, one gradient each; the random number of them avoids periodic orbits.
+        decades: the leapfrog step of each walker is divided by 10^(decades U), U uniform: for targets of many scales.
     """
 
     leapfrogs: int = 8
+    decades: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.decades >= 0:
+            raise ValueError(f"HMC: decades must be 0 or more, got {self.decades}.")
         if self.leapfrogs < 1:
             raise ValueError(f"HMC: leapfrogs must be at least 1, got {self.leapfrogs}.")
 
@@ -193,6 +197,9 @@ class HMC(Move):
         old = state.known(density)
         step = (2 * _column(size(old.score))).sqrt()
         velocity = _normal_like(old.x, generator)
+        if self.decades > 0:
+            spread = torch.empty_like(old.log_prob).uniform_(0.0, self.decades, generator=generator)
+            step = step * torch.pow(10.0, -spread).unsqueeze(-1)
         count = int(torch.randint(1, self.leapfrogs + 1, (), generator=generator, device=generator.device))
         new, turned = _leapfrog(density, old, velocity, step, count)
         ratio = _energy(density, old, velocity) - _energy(density, new, turned)
