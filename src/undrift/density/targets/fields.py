@@ -167,8 +167,8 @@ class BrownianMotion(Posterior):
     Two of its posteriors go by this name:
 
     - scales unknown (d = 32): a and b have priors logNormal(0, 2), and are sampled as softplus of the first two
-      coordinates. The one in papers on learned samplers. log Z = 1.187749, exactly: given a and b the walk is Gaussian,
-      and a two-dimensional quadrature remains. Published estimates are below it: 1.030 (Vargas et al., arXiv
+      coordinates. The one in papers on learned samplers. log Z = 1.1877491, exactly: given a and b the walk is
+      Gaussian, and a two-dimensional quadrature remains. Published estimates are below it: 1.030 (Vargas et al., arXiv
       2302.13834), 1.169 (256 bridges; code of Vargas et al., arXiv 2307.01050).
     - scales known (d = 30): Gaussian, with exact draws and log Z = 5.613044.
 
@@ -184,7 +184,7 @@ class BrownianMotion(Posterior):
 
     @property
     def log_z(self) -> float:  # type: ignore[override]
-        return 5.613043574458207 if self.known_scales else 1.1877491
+        return 5.613043574458207 if self.known_scales else 1.1877491032316
 
     @cached_property
     def parameters(self) -> Parameters:  # type: ignore[override]

@@ -351,8 +351,8 @@ class LowDimGaussMix(Posterior):
     def _log_joint(self, values: Mapping[str, Tensor]) -> Tensor:
         mu, sigma, theta = values["mu"], values["sigma"], values["theta"]
         y = self._constants.on(mu)["y"]
-        # log of each part's density is a quadratic in y: the first one sums in closed form, the second less the first is
-        # a matrix product, and log(e^f + e^s) = f + softplus(s - f).
+        # The log of each part's density is a quadratic in y. The first sums in closed form, the second less the first
+        # is a matrix product, and log(e^f + e^s) = f + softplus(s - f).
         precision = sigma.square().reciprocal()
         weight = torch.stack([theta.log(), torch.log1p(-theta)], -1) - sigma.log()
         parts = torch.stack([weight - 0.5 * mu.square() * precision, mu * precision, -0.5 * precision], -1)  # (n, 2, 3)
