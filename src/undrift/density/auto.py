@@ -1,0 +1,248 @@
+"""The method for who does not want to choose: looks at the target first, picks by what it sees, and says why.
+
+1. Ascents from the origin's neighbourhood find peaks, and the curvature there.
+2. Walkers on the dilation path, hot by their long steps, look for more: the cheap coverage that this path is good for.
+3. Ascents from where those ended tell peaks apart; Laplace's approximation weighs them.
+
+Then sequential Monte Carlo, because its weights decide between peaks and its evidence is unbiased: for one peak from
+the peak, for several from a law that spans them, and where no peak holds still (funnels) from a heavy-tailed law, with
+steps of several scales. Short runs fit the coordinates first, until the start law covers what they find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path as File
+
+import torch
+from torch import Tensor
+
+from undrift.density.anneal import SMC, DilationLangevin
+from undrift.density.coordinates import Affine, ascend, curvature, factor_of, spread
+from undrift.density.draws import Draws
+from undrift.density.method import Method, check_run
+from undrift.density.move import HMC, MALA
+from undrift.density.path import Base, Dilation, Geometric, Normal, StudentT
+from undrift.density.schedule import AdaptiveLevels, FixedLevels
+from undrift.density.step import smoothness
+from undrift.density.target import Target
+
+__all__ = ["Auto", "Survey", "survey"]
+
+_DENSE = 2000  # coordinates up to which a Hessian is afforded
+_NEGLIGIBLE = 1e-4  # share of the Laplace mass below which a peak does not count
+_FITTED = 200  # coordinates up to which short runs fit a covariance
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What a first look found.
+
+    Attributes:
+        peaks: distinct local maxima that hold still, (M, d), the heaviest first; M may be 0.
+        shares: Laplace's estimate of their mass, (M,), summing to 1.
+        factor: A with A A' the inverse curvature at the heaviest peak, (d, d); None without a peak.
+        explored: where the explorer's walkers ended, (n, d); None if they left the numbers.
+        restless: share of ascents that did not come to rest.
+    """
+
+    peaks: Tensor
+    shares: Tensor
+    factor: Tensor | None
+    explored: Tensor | None
+    restless: float
+
+    @property
+    def relevant(self) -> int:
+        """Peaks whose mass counts."""
+        return int((self.shares > _NEGLIGIBLE).sum())
+
+
+def survey(
+    target: Target, generator: torch.Generator, *, walkers: int = 128, levels: int = 300, ascents: int = 24
+) -> Survey:
+    """Look for peaks of a target about the origin, first by ascents, then from the ends of a run on the dilation path.
+
+    Args:
+        target: what to look at.
+        generator: all randomness.
+        walkers, levels: of the explorer; it costs their product in gradients.
+        ascents: from the origin's neighbourhood, a third of them, and from the explorer's ends.
+    """
+    near = torch.empty(max(2, ascents // 3), target.dim, dtype=torch.float64, device=generator.device)
+    found = ascend(target, near.normal_(generator=generator))
+    sample = torch.cat([found.x[found.flat], near])
+    explored = None
+    # A wild density may throw the explorer out, or show it no curvature: the survey goes on without it.
+    with contextlib.suppress(FloatingPointError, ValueError):
+        curved = smoothness(target, sample)
+        run = DilationLangevin(path=Dilation(first=1 / levels), levels=FixedLevels(levels), smoothness=curved)
+        ends = run.run(target, walkers, int(torch.randint(2**31, (), generator=generator)), repeats=1).x
+        explored = ends[torch.isfinite(ends).all(-1)]
+        pick = torch.randperm(len(explored), generator=generator)[: ascents - len(near)]
+        more = ascend(target, explored[pick])
+        found = type(found)(
+            torch.cat([found.x, more.x]), torch.cat([found.log_prob, more.log_prob]), torch.cat([found.flat, more.flat])
+        )
+    order = found.log_prob.argsort(descending=True)
+    order = order[found.flat[order]]
+    peaks: list[Tensor] = []
+    for x in found.x[order]:
+        if not any(_same(target, x, other) for other in peaks):
+            peaks.append(x)
+    restless = float((~found.flat).double().mean())
+    masses, factors, kept = [], [], []
+    for x in peaks if target.dim <= _DENSE else []:
+        precision = curvature(target, x)
+        if bool((torch.linalg.eigvalsh(precision) > 0).all()):  # a saddle or a ridge is no peak
+            factor = factor_of(precision)
+            masses.append(float(target.log_prob(x.unsqueeze(0))) + float(torch.linalg.slogdet(factor).logabsdet))
+            factors.append(factor)
+            kept.append(x)
+    if not kept:
+        return Survey(found.x[:0], found.log_prob[:0], None, explored, restless)
+    mass = torch.tensor(masses, dtype=torch.float64)
+    order = mass.argsort(descending=True)
+    return Survey(
+        torch.stack(kept)[order.to(found.x.device)], mass.softmax(0)[order], factors[int(order[0])], explored, restless
+    )
+
+
+def _same(target: Target, x: Tensor, y: Tensor) -> bool:
+    """Whether no valley of half a nat lies between two peaks."""
+    if float((x - y).norm()) < 1e-3 * (1 + float(x.norm())):
+        return True
+    share = torch.linspace(0, 1, 17, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    value = target.log_prob(x + share * (y - x))
+    return float(value[1:-1].min()) > float(torch.minimum(value[0], value[-1])) - 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Auto(Method):
+    """Looks at the target first, picks a method by what it sees, and says why.
+
+    Args:
+        walkers, levels: of the explorer.
+        ascents: of the survey.
+        scouts: most runs that fit the coordinates; each is a few percent of the run proper.
+    """
+
+    walkers: int = 128
+    levels: int = 300
+    ascents: int = 24
+    scouts: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("walkers", 1), ("levels", 2), ("ascents", 3), ("scouts", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Auto: {name} must be at least {least}, got {getattr(self, name)}.")
+
+    def run(
+        self,
+        target: Target,
+        n: int = 4096,
+        seed: int = 0,
+        *,
+        repeats: int = 8,
+        checkpoint: str | File | None = None,
+        progress: bool = False,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> Draws:
+        check_run(n, repeats)
+        began, before = time.perf_counter(), target.evaluations.copy()
+        generator = torch.Generator(device).manual_seed(seed)
+        target.check(torch.empty(16, target.dim, dtype=torch.float64, device=device).normal_(generator=generator))
+        seen = survey(target, generator, walkers=self.walkers, levels=self.levels, ascents=self.ascents)
+        method, why = self.choose(target, seen)
+        method, fitted = self.fit(target, method, seed, device)
+        draws = method.run(
+            target,
+            n,
+            seed,
+            repeats=repeats,
+            checkpoint=checkpoint,
+            progress=progress,
+            dtype=dtype,
+            device=device,
+        )
+        return replace(
+            draws,
+            method=f"auto: {draws.method}. {why}",
+            evaluations=target.evaluations - before,
+            notes=(*draws.notes, *fitted),
+            seconds=time.perf_counter() - began,
+        )
+
+    def choose(self, target: Target, seen: Survey) -> tuple[SMC, str]:
+        """The method for what was seen, with first coordinates, and the reason in words."""
+        d = target.dim
+        restless = seen.restless > 0.5
+        if seen.relevant == 1 and not restless:
+            assert seen.factor is not None
+            # Wider than the peak, so that tails are covered; by less in many dimensions, where width costs levels.
+            base: Base = StudentT(1.3, 5.0) if d <= 20 else Normal(1.0 + 2.0 / math.sqrt(d))
+            method = SMC(
+                path=Geometric(base),
+                move=HMC(8),
+                moves=3,
+                levels=AdaptiveLevels(0.9),
+                metric="dense",
+                coordinates=Affine(seen.peaks[0], seen.factor),
+            )
+            return method, f"One peak was found, so walkers start around it, in coordinates fitted to it (d = {d})."
+        if seen.relevant > 1 and not restless:
+            points = seen.peaks if seen.explored is None else torch.cat([seen.peaks, seen.explored])
+            method = SMC(
+                path=Geometric(Normal(1.5)),
+                move=MALA() if d <= 3 else HMC(8),
+                moves=10 if d <= 3 else 5,
+                metric="unit" if d <= 3 else "dense",
+                coordinates=Affine(*spread(points)),
+            )
+            return method, (
+                f"{seen.relevant} peaks were found (the heaviest with about {float(seen.shares[0]):.0%} of the mass, "
+                "by Laplace's approximation), so walkers start from a law that spans them, and weights decide."
+            )
+        method = SMC(
+            path=Geometric(StudentT(1.5, 3.0)),
+            move=HMC(8, decades=1.0),
+            moves=10,
+            levels=AdaptiveLevels(0.9),
+            coordinates=Affine(0.0, 2.0),
+        )
+        return method, (
+            f"{seen.restless:.0%} of the ascents found no peak to rest on, so walkers start from a heavy-tailed law, "
+            "and take steps of several scales."
+        )
+
+    def fit(self, target: Target, method: SMC, seed: int, device: torch.device | str) -> tuple[SMC, tuple[str, ...]]:
+        """The method in coordinates fitted to what short runs of it find, and a note if they would not settle.
+
+        A base law narrower than the target loses mass without a trace. Each scout's walkers give mean and covariance;
+        they are accepted when the next scout stays within the base law's width of them.
+        """
+        if target.dim > _FITTED:
+            return method, ()
+        assert isinstance(method.coordinates, Affine)
+        assert isinstance(method.path, Geometric)
+        walkers, width = max(512, 12 * target.dim), method.path.base.std
+        reach = math.inf
+        for scout in range(self.scouts):
+            quick = replace(method, levels=AdaptiveLevels(0.8), moves=min(3, method.moves), pilot=False)
+            draws = quick.run(target, walkers, seed + 1 + scout, repeats=1, device=device)
+            seen = target.affine(method.coordinates.loc, method.coordinates.scale)
+            loc, factor = spread(seen.to_z(draws.x), draws.weights)
+            reach = math.hypot(float(torch.linalg.svdvals(factor)[0]), float(loc.abs().max()))
+            method = replace(method, coordinates=Affine(*spread(draws.x, draws.weights)))
+            if reach < 0.8 * width:
+                break
+        if self.scouts == 0 or reach < width:
+            return method, ()
+        return method, (
+            f"After {self.scouts} fits of the coordinates the walkers still reached {reach:.2g} units where the start "
+            f"law has width {width:.2g}: the target may have tails, or peaks, beyond what was searched.",
+        )
