@@ -59,7 +59,7 @@ class RecordedTarget(Target):
 
 @dataclass(frozen=True, eq=False)
 class RecordedDraws(Draws):
-    """Draws whose parameters come from the file.
+    """Draws of a :class:`RecordedTarget`, whose parameters come from the file.
 
     Attributes:
         recorded: (n, scalars), on the parameters' own scale; None where that is the scale of the states.
@@ -72,7 +72,8 @@ class RecordedDraws(Draws):
         return self.x if self.recorded is None else self.recorded
 
     def parameters(self) -> dict[str, Tensor]:
-        shapes = getattr(self.target, "shapes", None)
+        assert isinstance(self.target, RecordedTarget)
+        shapes = self.target.shapes
         if shapes is None:
             return {"x": self.x}
         sizes = [math.prod(shape) for shape in shapes.values()]
@@ -152,10 +153,13 @@ def load_draws(path: str | Path, target: Target | None = None) -> Draws:
         target = _rebuilt(noted)
     else:
         _check_same(place, target, noted)
+    kind: type[Draws] = Draws
+    more: dict[str, Any] = {}
     if target is None:
         sizes = None if shapes is None else {name: tuple(shape) for name, shape in shapes.items()}
         target = RecordedTarget(noted["name"], noted["dim"], noted["labels"], sizes, noted["log_z"])
-    return RecordedDraws(
+        kind, more = RecordedDraws, {"recorded": tensors.get("values")}
+    return kind(
         target=target,
         states=tensors["states"],
         walker_log_weights=tensors.get("walker_log_weights"),
@@ -169,7 +173,7 @@ def load_draws(path: str | Path, target: Target | None = None) -> Draws:
         levels=tuple(about["levels"]),
         notes=tuple(about["notes"]),
         seconds=math.nan if about["seconds"] is None else about["seconds"],
-        recorded=tensors.get("values"),
+        **more,
     )
 
 

@@ -195,9 +195,9 @@ def _chains(draws: Draws) -> Iterator[str]:
         many = f"{above} of {len(r)} parameters, at most" if len(r) > 1 else "the parameter,"
         yield (
             f"R-hat exceeds {RHAT} for {many} {float(r.max()):.3g} ({draws.target.labels[int(r.argmax())]}), over "
-            f"{repeats * walkers} chains of {length} states: the chains do not agree yet, because they sit in "
-            "different modes or are short for their memory. Run them longer (moves, keep, thin); if R-hat stays, the "
-            "target has modes that need SMC or parallel tempering."
+            f"{repeats * walkers} chains of {length} states: no chain alone has seen the whole target. Either they sit "
+            "in different modes, and weights of modes are those of the start, or they are short for their memory. Run "
+            "them longer (moves, keep, thin); if R-hat stays, take SMC or parallel tempering."
         )
     ess = draws.ess
     if ess is not None and ess < FEW:

@@ -186,7 +186,7 @@ def _parameters(page: Page, draws: Draws, summary: Mapping[str, Any], exact: Ten
         png(marginals_figure(draws, exact)),
         f"Histograms of {shown} parameter{_s(shown)}.",
         f"Marginals of {'the first ' if shown < count else ''}{shown} parameter{_s(shown)}, weighted.{beside} What "
-        "lies beyond the quantiles 0.1 % and 99.9 % is outside the frame.",
+        "lies beyond the quantiles 0.5 % and 99.5 % is outside the frame.",
     )
     if count > 1:
         modes = " Crosses are the target's modes." if _mode_places(draws) is not None else ""
@@ -198,13 +198,13 @@ def _parameters(page: Page, draws: Draws, summary: Mapping[str, Any], exact: Ten
 
 
 def _frame(values: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[float, float]:
-    """Quantiles .001 and .999 over sets of numbers (n,) with weights, and a margin."""
+    """Quantiles .005 and .995 over sets of numbers (n,) with weights, and a margin."""
     low, high = math.inf, -math.inf
     for v, w in values:
         v = v.double().cpu()
         ordered, index = v.sort()
         share = torch.full_like(v, 1 / len(v)) if w is None else w.cpu()
-        at = torch.searchsorted(share[index].cumsum(0), torch.tensor([0.001, 0.999], dtype=torch.float64))
+        at = torch.searchsorted(share[index].cumsum(0), torch.tensor([0.005, 0.995], dtype=torch.float64))
         ends = ordered[at.clamp(max=len(v) - 1)]
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     margin = 0.04 * (high - low) or 0.5
@@ -239,7 +239,8 @@ def marginals_figure(draws: Draws, exact: Tensor | None = None) -> Figure:
         ax.grid(False)
         ax.xaxis.set_major_locator(MaxNLocator(4))
     if exact is not None:
-        axes[0, 0].legend(fontsize=7, frameon=False)
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper right", ncols=2, fontsize=7, frameon=False)
     for ax in axes[:, 0]:
         ax.set_ylabel("density", fontsize=8)
     return figure
@@ -416,6 +417,7 @@ def traces_figure(draws: Draws, chains: int = 4) -> Figure:
             ax.plot(range(1, length + 1), _numpy(values[chain, :, k]), color=PALETTE[i], linewidth=0.8)
         title = draws.target.labels[k] if rhat is None else f"{draws.target.labels[k]},  R-hat {float(rhat[k]):.3f}"
         ax.set_title(title, fontsize=8, loc="left")
+        ax.set_xlim(1, length)
     axes[-1, 0].set_xlabel("kept state", fontsize=8)
     return figure
 
@@ -440,7 +442,8 @@ def levels_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     lines = max(1, -(-panels // columns))
     figure, axes = new_figure(3.1 * columns, 2.2 * lines + 0.2, lines, columns)
     for ax, key in zip(axes.flat, keys, strict=False):
-        points = [(row["u"], row[key]) for row in rows if row.get(key) is not None]
+        since = 1 if key == "round_trips" else 0  # a trip is from the first level and back to it
+        points = [(row["u"], row[key]) for row in rows[since:] if row.get(key) is not None]
         u, values = [p[0] for p in points], [p[1] for p in points]
         ax.plot(u, values, color=PALETTE[0], linewidth=1.1, marker=MARKERS[0] if len(u) <= 40 else None, markersize=3)
         ax.set_ylabel(_RECORDS[key], fontsize=8)

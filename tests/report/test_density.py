@@ -1,0 +1,216 @@
+"""The report of draws: its sections, what its figures draw, and what its tables say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from torch.distributions import constraints
+
+from undrift.config import build
+from undrift.density import Draws, Target
+from undrift.density.archive import save_draws
+from undrift.density.summary import summarise
+from undrift.density.targets import Gaussian, TwoModes
+from undrift.report import write_report
+from undrift.report.density import (
+    add_density,
+    evidence_figure,
+    lead,
+    levels_figure,
+    log_weights_figure,
+    marginals_figure,
+    modes_figure,
+    pair_figure,
+    parameters_table,
+    traces_figure,
+)
+from undrift.report.html import Page
+from undrift.report.plots import PALETTE
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+KEYS = ("u", "acceptance", "cess", "ess", "step", "log_z")
+ROWS = ((0.0, None, None, 1.0, None, 0.0), (0.3, 0.6, 0.9, 0.9, 4.0, -0.4), (1.0, 0.5, 0.95, 0.8, 0.1, 0.1))
+LEVELS = tuple(dict(zip(KEYS, row, strict=True)) for row in ROWS)
+
+
+@pytest.fixture(scope="module")
+def weighted() -> Draws:
+    """Draws of N(0, 4) with the weights that make them of two unit modes at -1 and 1, of shares .25 and .75."""
+    target = TwoModes(weight=0.25, distance=1.0)
+    x = 2.0 * normal(4, 500, 1, 1)
+    flat = x.reshape(-1, 1)
+    start = -0.125 * flat.square().sum(-1) - math.log(2.0) - 0.5 * math.log(2 * math.pi)
+    log_w = (target.log_prob(flat) - start).reshape(4, 500)
+    z = log_w.logsumexp(-1) - math.log(500)
+    return Draws(
+        target=target,
+        states=x,
+        walker_log_weights=log_w,
+        corrected=True,
+        repeat_log_z=z,
+        promise="unbiased",
+        method="importance sampling",
+        levels=LEVELS,
+        seconds=1.5,
+    )
+
+
+def posterior(size: int) -> Target:
+    spec = {"tau": constraints.positive, "theta": (constraints.real, size)}
+    return Target.constrained(lambda v: -v["tau"] - 0.5 * v["theta"].square().sum(-1), spec, name="posterior")
+
+
+@pytest.fixture(scope="module")
+def chains() -> Draws:
+    states = normal(2, 3, 40, 14)
+    states[0, 0, :, 5] += 4  # theta[4] of one chain sits apart
+    return Draws(target=posterior(13), states=states, walker_log_weights=None, corrected=True, method="MCMC (HMC)")
+
+
+def sections(page: str) -> list[str]:
+    return re.findall(r"<h2[^>]*>([^<]*)</h2>", page)
+
+
+def render(draws: Draws) -> str:
+    summary = summarise(draws)
+    page = Page("t", lead(summary))
+    add_density(page, draws, summary)
+    return page.render()
+
+
+def test_sections_are_what_there_is_to_show(weighted, chains):
+    first, second = render(weighted), render(chains)
+    parts = ["Can they be trusted?", "Parameters", "Evidence", "Modes", "Weights", "Levels", "Cost"]
+    assert sections(first) == parts
+    assert sections(second) == ["Can they be trusted?", "Parameters", "Chains", "Cost"]
+    for page in (first, second):
+        assert all(re.search(r'alt="[^"]{10,}"', figure) for figure in re.findall("<figure>.*?</figure>", page))
+    assert "posterior in 14 dimensions by MCMC (HMC), 2 repeats: read the" in second
+    assert "R-hat exceeds 1.01" in second.split("<h2")[1]
+    assert "Unbiased: levels and steps were fixed" in first
+
+
+def test_a_folder_is_shown_whole_and_without_the_density(tmp_path):
+    draws = Draws(target=posterior(1), states=normal(2, 50, 1, 2), walker_log_weights=None, corrected=False)
+    save_draws(tmp_path / "draws.safetensors", draws)
+    text = write_report(tmp_path).read_text()
+    (tmp_path / "summary.json").write_text(json.dumps(summarise(draws)))
+    (tmp_path / "run.json").write_text(json.dumps({"command": ["undrift", "density", "--n", "240"], "seconds": 2.0}))
+    again = write_report(tmp_path).read_text()
+    assert sections(again)[-1] == sections(text)[-1] == "Reproduce"
+    assert "undrift density --n 240" in again
+    assert again.split("Reproduce</h2>")[0] == text.split("Reproduce</h2>")[0]
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_follow_the_standard_error_and_empty_columns_are_left_out(weighted):
+    summary = summarise(weighted)
+    head, ((name, mean, error, *_),) = parameters_table(summary)
+    assert head == ["parameter", "mean", "± (mcse)", "sd", "5 %", "50 %", "95 %", "ESS"]
+    assert name == "x[0]"
+    row = summary["parameters"][0]
+    assert len(error.lstrip("0.")) == 2, "two figures of the error"
+    assert len(mean.partition(".")[2]) == len(error.partition(".")[2])
+    assert float(mean) == pytest.approx(row["mean"], abs=10 ** -len(error.partition(".")[2]))
+    one = Draws(target=Gaussian(), states=normal(1, 50, 1, 2), walker_log_weights=None, corrected=False)
+    assert parameters_table(summarise(one))[0] == ["parameter", "mean", "sd", "5 %", "50 %", "95 %"]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_marginals_are_weighted_densities_beside_the_exact_ones(weighted):
+    exact = weighted.target.sample(4000, seed=1)
+    (ax,) = marginals_figure(weighted, exact).axes
+    drawn, true = (patch.get_data() for patch in ax.patches)
+    centres = 0.5 * (drawn.edges[1:] + drawn.edges[:-1])
+    width = np.diff(drawn.edges)
+    for stairs in (drawn, true):
+        assert float((stairs.values * width).sum()) == pytest.approx(0.99, abs=0.012), "99 % are within the frame"
+        # Mean .5; four standard errors of 2000 draws of deviation 1.3, weighted, and what the frame cuts off.
+        assert float((stairs.values * width * centres).sum()) == pytest.approx(0.5, abs=0.2)
+    assert [to_hex(p.get_edgecolor()) for p in ax.patches][1] == PALETTE[1].lower()
+
+
+def test_marginals_show_twelve_parameters_by_name_on_their_own_scale(chains):
+    axes = [ax for ax in marginals_figure(chains).axes if ax.axison]
+    assert [ax.get_xlabel() for ax in axes] == chains.target.labels[:12]
+    assert axes[0].patches[0].get_data().edges[0] > -0.5, "tau is positive"
+
+
+def test_pairs_are_draws_of_equal_weight(chains):
+    (ax,) = pair_figure(chains).axes
+    points = ax.collections[0].get_offsets()
+    assert len(points) == min(240, int(chains.ess))
+    assert (points[:, 0] > 0).all()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tau", "theta[0]")
+
+
+def test_the_pooled_evidence_and_the_truth_are_lines(weighted):
+    summary = summarise(weighted)
+    (ax,) = evidence_figure(summary).axes
+    assert [line.get_ydata()[0] for line in ax.lines[1:]] == [weighted.log_z, 0.0]
+    assert list(ax.lines[0].get_ydata()) == weighted.repeat_log_z.tolist()
+    band = ax.patches[0]
+    assert band.get_height() == pytest.approx(2 * weighted.log_z_std_error)
+    assert band.get_y() + band.get_height() / 2 == pytest.approx(weighted.log_z)
+
+
+def test_bars_are_the_weights_of_modes(weighted):
+    modes = summarise(weighted)["modes"]
+    (ax,) = modes_figure(modes).axes
+    assert [bar.get_height() for bar in ax.patches] == modes["weights"]
+    assert list(ax.lines[-1].get_ydata()) == modes["true_weights"] == [0.25, 0.75]
+    # The first mode is the likelier one below -log(3) / 2, where the density holds .214 of its mass; the tolerance is
+    # four standard errors of 1000 draws.
+    assert weighted.ess > 1000
+    assert modes["weights"] == pytest.approx([0.214, 0.786], abs=0.05)
+
+
+def test_log_weights_are_relative_to_their_mean(weighted):
+    (ax,) = log_weights_figure(weighted).axes
+    assert sum(bar.get_height() for bar in ax.patches) == 2000
+    top = float(weighted.weights.max() * 2000)
+    assert ax.patches[-1].get_x() + ax.patches[-1].get_width() == pytest.approx(math.log(top))
+
+
+def test_traces_show_the_parameters_that_agree_least(chains):
+    axes = traces_figure(chains).axes
+    assert len(axes) == 4
+    titles = [ax.get_title(loc="left") for ax in axes]
+    worst = float(chains.rhat.max())
+    assert f"theta[4],  R-hat {worst:.3f}" in titles
+    assert all(len(ax.lines) == 4 and len(ax.lines[0].get_xdata()) == 40 for ax in axes)
+
+
+def test_levels_show_every_record_there_is():
+    panels = [ax for ax in levels_figure(LEVELS).axes if ax.axison]
+    names = ["acceptance", "ESS / walkers", "conditional ESS", "step ε, units of y²", "log Z up to u, nats"]
+    assert [ax.get_ylabel() for ax in panels] == names
+    assert list(panels[4].lines[0].get_xdata()) == [0.0, 0.3, 1.0]
+    assert panels[3].get_yscale() == "log"
+    early = [{"u": u, "acceptance": 0.5} for u in (0.0, 1e-4, 1e-3, 1e-2, 1.0)]
+    assert levels_figure(early).axes[0].get_xscale() == "symlog", "levels that crowd at the start are told apart"
+
+
+def test_a_benchmark_is_named_and_drawn_with_its_modes():
+    target = build({"type": "Mixture9"}, Target)
+    draws = Draws(
+        target=target, states=target.sample(64).reshape(4, 16, 1, 2), walker_log_weights=None, corrected=False
+    )
+    (ax,) = pair_figure(draws, target.sample(100, seed=2)).axes
+    exact, drawn, modes = (c.get_offsets() for c in ax.collections)
+    assert (len(exact), len(drawn)) == (64, 64), "as many exact samples as draws"
+    assert np.array_equal(modes, target.modes.numpy())
