@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 from torch import Tensor
 
 from undrift.config import build, describe
@@ -238,17 +238,32 @@ def test_evidence_of_eight_schools():
     assert math.log(found) == pytest.approx(EightSchools().log_z, abs=1e-6)
 
 
-def test_evidence_of_the_regression():
-    """Given sigma the data is Gaussian; a quadrature over log sigma remains."""
-    d = block("sblrc")
-    values, vectors = np.linalg.eigh(d["X"] @ d["X"].T)
-    parts, logs = (vectors.T @ d["y"]) ** 2, np.linspace(-4, 4, 4001)
+@pytest.mark.parametrize("target", [SblrcBlr(), AutoRegression()], ids=repr)
+def test_evidence_of_linear_models(target):
+    """Given sigma, and coefficients N(0, 10), the data is Gaussian; a quadrature over log sigma remains."""
+    if isinstance(target, SblrcBlr):
+        x, y, prior = block("sblrc")["X"], block("sblrc")["y"], stats.norm(0, 10)
+    else:
+        series = block("arK")["y"]
+        y, prior = series[5:], half_cauchy(0, 2.5)
+        x = np.stack([np.ones(195), *(series[5 - k : 200 - k] for k in range(1, 6))], -1)
+    values, vectors = np.linalg.eigh(x @ x.T)
+    parts, logs = (vectors.T @ y) ** 2, np.linspace(-4, 4, 2001)
     variance = 100 * np.clip(values, 0, None)[:, None] + np.exp(2 * logs)
     total = -0.5 * (np.log(2 * np.pi * variance) + parts[:, None] / variance).sum(0)
-    total += stats.norm(0, 10).logpdf(np.exp(logs)) + logs
-    top = total.max()
-    found = top + math.log(np.exp(total - top).sum() * (logs[1] - logs[0]))
-    assert found == pytest.approx(SblrcBlr().log_z, abs=1e-6)
+    total += prior.logpdf(np.exp(logs)) + logs
+    found = special.logsumexp(total) + math.log(logs[1] - logs[0])
+    assert found == pytest.approx(target.log_z, abs=1e-6)
+
+
+def test_evidence_of_the_gaussian_process():
+    """The trapezoid rule over the logs of its three settings."""
+    target, axes, cell = GPRegression(), [], 0.0
+    for low, high in ((0.2, 3.4), (-9, 4), (-9, 3)):
+        axes.append(torch.linspace(low, high, 46, dtype=torch.float64))
+        cell += math.log((high - low) / 45)
+    found = float(target.log_prob(torch.cartesian_prod(*axes)).logsumexp(0)) + cell
+    assert found == pytest.approx(target.log_z, abs=1e-5)
 
 
 @pytest.mark.parametrize(
