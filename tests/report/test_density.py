@@ -214,3 +214,9 @@ def test_a_benchmark_is_named_and_drawn_with_its_modes():
     exact, drawn, modes = (c.get_offsets() for c in ax.collections)
     assert (len(exact), len(drawn)) == (64, 64), "as many exact samples as draws"
     assert np.array_equal(modes, target.modes.numpy())
+
+
+def test_chains_that_never_moved_are_shown_as_they_are():
+    stuck = torch.ones(2, 2, 10, 2, dtype=torch.float64)
+    draws = Draws(target=Gaussian(), states=stuck, walker_log_weights=None, corrected=True, acceptance=0.0, method="HMC")
+    assert "0.0% of the proposals were accepted" in render(draws)

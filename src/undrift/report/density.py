@@ -218,7 +218,7 @@ def marginals_figure(draws: Draws, exact: Tensor | None = None) -> Figure:
     columns = min(4, shown)
     rows = -(-shown // columns)
     figure, axes = new_figure(2.5 * columns + (1.0 if shown == 1 else 0.0), 2.0 * rows + 0.3, rows, columns)
-    bins = int(min(60, max(12, 2 * math.sqrt(min(draws.ess or len(values), len(values)) / 4))))
+    bins = int(min(60, max(12, math.sqrt(_worth(draws)))))
     for i, ax in enumerate(axes.flat):
         if i >= shown:
             ax.set_axis_off()
@@ -250,8 +250,14 @@ def _numpy(x: Tensor) -> np.ndarray:
     return x.detach().double().cpu().numpy()
 
 
+def _worth(draws: Draws) -> int:
+    """Effective draws, or all where their number is not known (chains that never moved have none)."""
+    known = draws.ess is not None and math.isfinite(draws.ess) and draws.ess >= 1
+    return min(len(draws.x), int(draws.ess)) if known else len(draws.x)  # type: ignore[arg-type]
+
+
 def _pairs(draws: Draws) -> int:
-    return min(2000, len(draws.x), max(1, int(draws.ess or len(draws.x))))
+    return min(2000, _worth(draws))
 
 
 def _mode_places(draws: Draws) -> Tensor | None:
