@@ -61,6 +61,7 @@ class Annealing(Method):
         move: what a walker does at a level.
         levels: which levels are visited.
         moves: moves at each level.
+        moves_at_target: moves at the last level, the target; null for ``moves``.
         step: rule of the step size; null adapts it to the move's acceptance, or a tenth of 1 / L without Metropolis.
         weights: carry importance weights, and with them an estimate of Z; null if the moves are exact.
         resampling: when and how walkers are resampled by their weights; null never.
@@ -77,6 +78,7 @@ class Annealing(Method):
     move: Move = field(default_factory=MALA)
     levels: Levels = field(default_factory=AdaptiveLevels)
     moves: int = 10
+    moves_at_target: int | None = None
     step: StepRule | None = None
     weights: bool | None = None
     resampling: Resampling | None = field(default_factory=Resampling)
@@ -89,8 +91,8 @@ class Annealing(Method):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for key, least in (("moves", 0), ("keep", 1), ("thin", 1)):
-            if getattr(self, key) < least:
+        for key, least in (("moves", 0), ("moves_at_target", 0), ("keep", 1), ("thin", 1)):
+            if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ValueError(f"{name}: {key} must be at least {least}, got {getattr(self, key)}.")
         if self.weights and not self.move.exact and self.moves > 0:
             raise ValueError(
@@ -121,6 +123,11 @@ class Annealing(Method):
                 f"{name}: {type(rule).__name__} measures steps by the target's curvature, in a metric fitted to the "
                 "walkers that is unknown; leave step to be adapted, or give coordinates instead of a metric."
             )
+
+    @property
+    def last_moves(self) -> int:
+        """Moves at the target, before states are kept."""
+        return self.moves if self.moves_at_target is None else self.moves_at_target
 
     @property
     def weighted(self) -> bool:

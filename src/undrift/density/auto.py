@@ -209,14 +209,18 @@ class Auto(Method):
             )
         method = SMC(
             path=Geometric(StudentT(1.5, 3.0)),
-            move=HMC(8, decades=1.0),
-            moves=10,
+            move=HMC(8, decades=1.5),
+            moves=5,
+            moves_at_target=100,
+            keep=4,
+            thin=50,
             levels=AdaptiveLevels(0.9),
+            metric="dense",
             coordinates=Affine(0.0, 2.0),
         )
         return method, (
             f"{seen.restless:.0%} of the ascents found no peak to rest on, so walkers start from a heavy-tailed law, "
-            "and take steps of several scales."
+            "take steps of several scales, and stay at the target for long."
         )
 
     def fit(self, target: Target, method: SMC, seed: int, device: torch.device | str) -> tuple[SMC, tuple[str, ...]]:
@@ -232,7 +236,14 @@ class Auto(Method):
         walkers, width = max(512, 12 * target.dim), method.path.base.std
         reach = math.inf
         for scout in range(self.scouts):
-            quick = replace(method, levels=AdaptiveLevels(0.8), moves=min(3, method.moves), pilot=False)
+            quick = replace(
+                method,
+                levels=AdaptiveLevels(0.8),
+                moves=min(3, method.moves),
+                moves_at_target=None,
+                keep=1,
+                pilot=False,
+            )
             draws = quick.run(target, walkers, seed + 1 + scout, repeats=1, device=device)
             seen = target.affine(method.coordinates.loc, method.coordinates.scale)
             loc, factor = spread(seen.to_z(draws.x), draws.weights)

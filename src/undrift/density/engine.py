@@ -117,7 +117,7 @@ class Engine:
                     while self.j < count or self._lost(count, last):
                         self._move(last)
                         self.j += 1
-                        if last and self.j >= m.moves and (self.j - m.moves) % m.thin == 0:
+                        if last and self.j >= m.last_moves and (self.j - m.last_moves) % m.thin == 0:
                             out.kept.append(self._y())
                         self._note()
                     self._close_level()
@@ -214,13 +214,12 @@ class Engine:
         m = self.m
         if m.path.level(self.u).exponent == 0 and not last:
             return 0  # the start law itself
-        return m.moves + (m.keep - 1) * m.thin if last else m.moves
+        return m.last_moves + (m.keep - 1) * m.thin if last else m.moves
 
     def _lost(self, count: int, last: bool) -> bool:
         """Whether the first level needs more moves, because no step size was yet too long and none too short."""
-        m = self.m
-        adapting = isinstance(m.rule, Adapted) and self.frozen is None
-        return adapting and 0 < count <= self.j < count + 40 and not (last and m.moves < count) and self.searching
+        adapting = isinstance(self.m.rule, Adapted) and self.frozen is None
+        return adapting and self.searching and not last and 0 < count <= self.j < count + 40
 
     def _density(self) -> LevelDensity:
         density = self.m.path.density(self.target, self.u)
@@ -259,8 +258,8 @@ class Engine:
 
     def _move(self, last: bool) -> None:
         m, out, rule = self.m, self.out, self.m.rule
-        warm = self.frozen is None and not (last and self.j >= m.moves)
-        if warm and not m.weighted and self.j in {m.moves * part // 8 for part in (1, 2, 4, 6)}:
+        warm = self.frozen is None and not (last and self.j >= m.last_moves)
+        if warm and not m.weighted and self.j in {m.last_moves * part // 8 for part in (1, 2, 4, 6)}:
             self._look_through(None)
             self._look_through(fit_frame(out.state.y, out.log_w.reshape(-1), m.metric))
         density = self._density()

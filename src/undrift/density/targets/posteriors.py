@@ -307,6 +307,8 @@ class GPRegression(Posterior):
         root, failed = torch.linalg.cholesky_ex(
             kernel + torch.diag_embed((sigma + jitter).unsqueeze(-1).expand(-1, len(y)))
         )
+        # Where the kernel is not positive in floating point the density is put to 0; any root will do there.
+        root = torch.where((failed == 0)[:, None, None], root, torch.eye(len(y), dtype=x.dtype, device=x.device))
         white = torch.linalg.solve_triangular(root, y.expand(len(x), -1).unsqueeze(-1), upper=False).squeeze(-1)
         log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         likelihood = -0.5 * white.square().sum(-1) - log_det - 0.5 * len(y) * math.log(2 * math.pi)
