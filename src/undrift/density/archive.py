@@ -133,8 +133,8 @@ def load_draws(path: str | Path, target: Target | None = None) -> Draws:
 
     Args:
         path: of the file.
-        target: the density that was sampled. None builds a benchmark target from its settings, if its class is in
-            memory, and leaves the density out otherwise: everything but new evaluations of it still works.
+        target: the density that was sampled. None builds a benchmark target from its settings, and leaves out
+            a density that is a function: everything but new evaluations of it still works.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -200,6 +200,8 @@ def _settings(target: Target) -> Any:
 def _rebuilt(noted: Mapping[str, Any]) -> Target | None:
     if noted["settings"] is None:
         return None
+    import undrift.density.targets  # noqa: F401 - here and not above, because they are built on this package
+
     try:
         return build(noted["settings"], Target)
     except ConfigError:  # a class of the user's own, which is not in memory now

@@ -189,6 +189,12 @@ def _chains(draws: Draws) -> Iterator[str]:
             "start is unknown. Keep more states (keep)."
         )
         return
+    if bool(torch.isnan(draws.rhat).all()):  # single ones may be constant by their constraint
+        yield (
+            f"All {repeats * walkers * length} states of the chains are the same: no proposal was ever accepted. "
+            "Shorten the step (step.relative), or start elsewhere (loc, scale)."
+        )
+        return
     r = torch.nan_to_num(draws.rhat.double(), nan=0.0)
     if float(r.max()) > RHAT:
         above = int((r > RHAT).sum())

@@ -425,6 +425,7 @@ def traces_figure(draws: Draws, chains: int = 4) -> Figure:
         ax.set_title(title, fontsize=8, loc="left")
         ax.set_xlim(1, length)
     axes[-1, 0].set_xlabel("kept state", fontsize=8)
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
