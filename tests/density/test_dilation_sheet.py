@@ -316,9 +316,9 @@ def test_9_long_steps_heat_the_run_itself() -> None:
     """Two levels, lambda = .2 with many moves, then a last move at 1: variances by the recursion of test 2."""
     n, moves = 40_000, 100
     path = Dilation(0.2)
-    draws = Annealing(path, ULA(), FixedLevels(2), moves, FixedStep(0.1), resampling=None, smoothness=1.0).run(
-        Gaussian(dim=1), n, seed=1, repeats=1
-    )
+    draws = Annealing(
+        path, ULA(), FixedLevels(2), moves=moves, step=FixedStep(0.1), resampling=None, smoothness=1.0
+    ).run(Gaussian(dim=1), n, seed=1, repeats=1)
     v = 0.2 / (1 - 0.05 / 0.2)
     for _ in range(moves):
         v = (1 - 0.1) ** 2 * v + 2 * 0.1
