@@ -1,9 +1,9 @@
 """Real posteriors by the method that chooses for itself, against reference draws and known evidence.
 
 For every posterior with reference draws: the worst deviation of a mean and of a standard deviation, over its
-parameters, in combined Monte Carlo errors (ours, from repeats, and the reference's); for every target with a known log Z, its
-deviation in combined standard errors; and the evaluations and seconds that it took. Results are kept, line by line, in
-``--out``; lines that are there already are not computed again.
+parameters, in combined Monte Carlo errors (ours, from repeats, and the reference's). For every target with a known
+log Z: its deviation in combined standard errors. And the evaluations and seconds that it took. Results are kept, line
+by line, in ``--out``; lines that are there already are not computed again.
 
     python bench/posteriors.py --out bench/results/posteriors.jsonl
     python bench/posteriors.py --only EightSchools --n 8192

@@ -5,8 +5,9 @@
 3. Ascents from where those ended tell peaks apart; Laplace's approximation weighs them.
 
 Then sequential Monte Carlo, because its weights decide between peaks and its evidence is unbiased: for one peak from
-the peak, for several from a law that spans them, and where no peak holds still (funnels) from a heavy-tailed law, with
-steps of several scales. Short runs fit the coordinates first, until the start law covers what they find.
+the peak, for several from a law that spans them. Where no peak holds still (funnels) walkers must come back to the neck
+again and again: parallel tempering from a heavy-tailed law, with steps of several scales. Short runs fit the
+coordinates first, until the start law covers what they find.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from undrift.density.anneal import SMC, DilationLangevin
-from undrift.density.coordinates import Affine, ascend, curvature, factor_of, spread
+from undrift.density.coordinates import Affine, Coordinates, ascend, curvature, factor_of, spread
 from undrift.density.draws import Draws
 from undrift.density.method import Method, check_run
 from undrift.density.move import HMC, MALA
@@ -29,6 +30,7 @@ from undrift.density.path import Base, Dilation, Geometric, Normal, StudentT
 from undrift.density.schedule import AdaptiveLevels, FixedLevels
 from undrift.density.step import smoothness
 from undrift.density.target import Target
+from undrift.density.tempering import ParallelTempering
 
 __all__ = ["Auto", "Survey", "survey"]
 
@@ -54,6 +56,11 @@ class Survey:
     factor: Tensor | None
     explored: Tensor | None
     restless: float
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether most ascents ran away, or none ended on a peak."""
+        return self.restless > 0.5 or self.relevant == 0
 
     @property
     def relevant(self) -> int:
@@ -128,12 +135,14 @@ class Auto(Method):
         walkers, levels: of the explorer.
         ascents: of the survey.
         scouts: most runs that fit the coordinates; each is a few percent of the run proper.
+        coordinates: where to look: centre and unit of the survey; null for the origin, and 1.
     """
 
     walkers: int = 128
     levels: int = 300
     ascents: int = 24
     scouts: int = 4
+    coordinates: Coordinates | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("walkers", 1), ("levels", 2), ("ascents", 3), ("scouts", 0)):
@@ -155,12 +164,18 @@ class Auto(Method):
         check_run(n, repeats)
         began, before = time.perf_counter(), target.evaluations.copy()
         generator = torch.Generator(device).manual_seed(seed)
-        target.check(torch.empty(16, target.dim, dtype=torch.float64, device=device).normal_(generator=generator))
-        seen = survey(target, generator, walkers=self.walkers, levels=self.levels, ascents=self.ascents)
-        method, why = self.choose(target, seen)
-        method, fitted = self.fit(target, method, seed, device)
+        view = target.affine() if self.coordinates is None else self.coordinates.choose(target, generator, dtype)
+        view.check(torch.empty(16, target.dim, dtype=torch.float64, device=device).normal_(generator=generator))
+        seen = survey(view, generator, walkers=self.walkers, levels=self.levels, ascents=self.ascents)
+        scout, why = self.choose(view, seen)
+        scout, fitted = self.fit(view, scout, seed, device)
+        method: Method = scout
+        if seen.unsettled:
+            method = ParallelTempering(
+                path=scout.path, move=scout.move, levels=12, iterations=1500, coordinates=scout.coordinates
+            )
         draws = method.run(
-            target,
+            view,
             n,
             seed,
             repeats=repeats,
@@ -171,6 +186,8 @@ class Auto(Method):
         )
         return replace(
             draws,
+            target=target,
+            states=view.to_x(draws.states.flatten(0, 2)).reshape(draws.states.shape),
             method=f"auto: {draws.method}. {why}",
             evaluations=target.evaluations - before,
             notes=(*draws.notes, *fitted),
@@ -180,8 +197,7 @@ class Auto(Method):
     def choose(self, target: Target, seen: Survey) -> tuple[SMC, str]:
         """The method for what was seen, with first coordinates, and the reason in words."""
         d = target.dim
-        restless = seen.restless > 0.5
-        if seen.relevant == 1 and not restless:
+        if seen.relevant == 1 and not seen.unsettled:
             assert seen.factor is not None
             # Wider than the peak, so that tails are covered; by less in many dimensions, where width costs levels.
             base: Base = StudentT(1.3, 5.0) if d <= 20 else Normal(1.0 + 2.0 / math.sqrt(d))
@@ -194,7 +210,7 @@ class Auto(Method):
                 coordinates=Affine(seen.peaks[0], seen.factor),
             )
             return method, f"One peak was found, so walkers start around it, in coordinates fitted to it (d = {d})."
-        if seen.relevant > 1 and not restless:
+        if seen.relevant > 1 and not seen.unsettled:
             points = seen.peaks if seen.explored is None else torch.cat([seen.peaks, seen.explored])
             method = SMC(
                 path=Geometric(Normal(1.5)),
@@ -209,18 +225,15 @@ class Auto(Method):
             )
         method = SMC(
             path=Geometric(StudentT(1.5, 3.0)),
-            move=HMC(8, decades=1.5),
+            move=HMC(8, decades=2.0),
             moves=5,
-            moves_at_target=100,
-            keep=4,
-            thin=50,
             levels=AdaptiveLevels(0.9),
-            metric="dense",
             coordinates=Affine(0.0, 2.0),
         )
         return method, (
-            f"{seen.restless:.0%} of the ascents found no peak to rest on, so walkers start from a heavy-tailed law, "
-            "take steps of several scales, and stay at the target for long."
+            f"{seen.restless:.0%} of the ascents found no peak to rest on, as in a funnel: parallel tempering from a "
+            "heavy-tailed law, with steps of several scales, in coordinates fitted to the walkers. Other parameters (a "
+            "non-centred form) would be far cheaper."
         )
 
     def fit(self, target: Target, method: SMC, seed: int, device: torch.device | str) -> tuple[SMC, tuple[str, ...]]:
@@ -236,14 +249,7 @@ class Auto(Method):
         walkers, width = max(512, 12 * target.dim), method.path.base.std
         reach = math.inf
         for scout in range(self.scouts):
-            quick = replace(
-                method,
-                levels=AdaptiveLevels(0.8),
-                moves=min(3, method.moves),
-                moves_at_target=None,
-                keep=1,
-                pilot=False,
-            )
+            quick = replace(method, levels=AdaptiveLevels(0.8), moves=min(3, method.moves), pilot=False)
             draws = quick.run(target, walkers, seed + 1 + scout, repeats=1, device=device)
             seen = target.affine(method.coordinates.loc, method.coordinates.scale)
             loc, factor = spread(seen.to_z(draws.x), draws.weights)

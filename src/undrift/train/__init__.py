@@ -1,8 +1,8 @@
 """How to learn: objectives, data, the training loop, and models on disk."""
 
+from undrift.container import CheckpointError
 from undrift.train.checkpoint import load, notes, save
 from undrift.train.config import TrainConfig
-from undrift.container import CheckpointError
 from undrift.train.data import Dataset, DataSource, Pixels
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
 from undrift.train.local import LocalScoreMatching

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from undrift.config import ConfigError, build, describe
+from undrift.container import CheckpointError, read_file, write_file
 from undrift.denoise.network import NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.networks.base import Network
 from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.process.linear import LinearProcess
-from undrift.container import CheckpointError, read_file, write_file
 
 __all__ = ["Model", "describe_model", "load", "network_of", "notes", "parts_of", "save", "with_parts"]
 

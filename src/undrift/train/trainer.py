@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from undrift.config import describe
+from undrift.container import CheckpointError, read_file
 from undrift.train.checkpoint import Model, describe_model, parts_of, save, with_parts, write_model
 from undrift.train.config import TrainConfig
-from undrift.container import CheckpointError, read_file
 from undrift.train.data import Dataset, DataSource
 from undrift.train.log import MetricLog
 from undrift.train.objectives import Objective
