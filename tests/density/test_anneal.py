@@ -125,6 +125,16 @@ def test_the_mean_weight_survives_resampling(threshold: float) -> None:
     assert float(estimates.std()) > 0
 
 
+def test_levels_are_chosen_by_walkers_that_count() -> None:
+    """From a start whose weights one walker holds: it alone would call any jump safe, and be believed."""
+    target, path = Gaussian(dim=10, log_z=3.0), Dilation(first=0.05, base=Normal(6.0))
+    for seed in range(3):
+        draws = SMC(path=path, pilot=False).run(target, 400, seed=seed, repeats=1)
+        # between centred Gaussians a jump from lambda to rho lambda has a CESS of (2 rho - rho^2)^(d / 2)
+        ratio = 1 + math.sqrt(1 - 0.95 ** (2 / 10))
+        assert len(draws.levels) == pytest.approx(math.log(1 / 0.05) / math.log(ratio), rel=0.35)
+
+
 def test_what_adapts_on_its_way_is_only_consistent() -> None:
     target = TwoModes(distance=2.0)
     path = Geometric(Normal(3.0))
