@@ -200,11 +200,11 @@ class Auto(Method):
         if seen.relevant == 1 and not seen.unsettled:
             assert seen.factor is not None
             # Wider than the peak, so that tails are covered; by less in many dimensions, where width costs levels.
-            base: Base = StudentT(1.3, 5.0) if d <= 20 else Normal(1.0 + 2.0 / math.sqrt(d))
+            base: Base = StudentT(1.3, 3.0) if d <= 100 else Normal(1.0 + 2.0 / math.sqrt(d))
             method = SMC(
                 path=Geometric(base),
                 move=HMC(8),
-                moves=3,
+                moves=5,
                 levels=AdaptiveLevels(0.9),
                 metric="dense",
                 coordinates=Affine(seen.peaks[0], seen.factor),
@@ -239,27 +239,26 @@ class Auto(Method):
     def fit(self, target: Target, method: SMC, seed: int, device: torch.device | str) -> tuple[SMC, tuple[str, ...]]:
         """The method in coordinates fitted to what short runs of it find, and a note if they would not settle.
 
-        A base law narrower than the target loses mass without a trace. Each scout's walkers give mean and covariance;
-        they are accepted when the next scout stays within the base law's width of them.
+        A base law narrower than the target loses mass without a trace. Each scout's walkers give mean and covariance,
+        the coordinates of the next; they have settled when a scout finds no more than the one before.
         """
         if target.dim > _FITTED:
             return method, ()
         assert isinstance(method.coordinates, Affine)
-        assert isinstance(method.path, Geometric)
-        walkers, width = max(512, 12 * target.dim), method.path.base.std
-        reach = math.inf
+        walkers, growth = max(512, 12 * target.dim), 1.0
         for scout in range(self.scouts):
             quick = replace(method, levels=AdaptiveLevels(0.8), moves=min(3, method.moves), pilot=False)
             draws = quick.run(target, walkers, seed + 1 + scout, repeats=1, device=device)
             seen = target.affine(method.coordinates.loc, method.coordinates.scale)
             loc, factor = spread(seen.to_z(draws.x), draws.weights)
-            reach = math.hypot(float(torch.linalg.svdvals(factor)[0]), float(loc.abs().max()))
+            growth = max(float(torch.linalg.svdvals(factor)[0]), 1.5 * float(loc.abs().max()))
+            noise = math.sqrt(target.dim * float(draws.weights.square().sum()))
             method = replace(method, coordinates=Affine(*spread(draws.x, draws.weights)))
-            if reach < 0.8 * width:
-                break
-        if self.scouts == 0 or reach < width:
+            if growth < 1.25 + noise:
+                return method, ()
+        if growth < 2.0:
             return method, ()
         return method, (
-            f"After {self.scouts} fits of the coordinates the walkers still reached {reach:.2g} units where the start "
-            f"law has width {width:.2g}: the target may have tails, or peaks, beyond what was searched.",
+            f"After {self.scouts} fits of the coordinates the walkers still spread {growth:.2g} times wider than the "
+            "fit before: the target may have tails, or peaks, beyond what was searched. Give coordinates (loc, scale).",
         )
