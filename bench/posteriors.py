@@ -100,6 +100,7 @@ def run(name: str, n: int, seed: int) -> dict[str, object]:
         "ess": draws.ess,
         "seconds": draws.seconds,
         "method": draws.method,
+        "reason": draws.reason,
         "notes": list(draws.notes),
     }
 

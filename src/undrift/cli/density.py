@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-import undrift.density.targets  # a family is what is in memory
-import undrift.density.tempering  # noqa: F401
+import undrift.density.targets  # noqa: F401  a family is what is in memory
 from undrift.cli.common import Clock, begin, finish
 from undrift.config import ConfigError
-from undrift.density import SMC, Affine, Method, Target
+from undrift.density import Affine, Auto, Method, Target
 from undrift.density.archive import save_draws
 from undrift.density.summary import summarise
 from undrift.report import text_table, write_json, write_report
@@ -59,7 +58,7 @@ class DensityRun:
     target: Target | None = None
     log_prob: str | None = None
     dim: int | None = None
-    method: Method = field(default_factory=SMC)
+    method: Method = field(default_factory=Auto)
     n: int = 4096
     repeats: int = 8
     seed: int = 0
@@ -300,8 +299,9 @@ def _say(summary: dict[str, Any]) -> None:
     print(
         f"{count['total']} draws of {summary['target']} in {summary['dim']} dimension"
         f"{'' if summary['dim'] == 1 else 's'} by {summary['method']}, {count['repeats']} repeat"
-        f"{'' if count['repeats'] == 1 else 's'}, {spent['gradients']} gradients, {summary['seconds']:.1f} s\n"
+        f"{'' if count['repeats'] == 1 else 's'}, {spent['gradients']} gradients, {summary['seconds']:.1f} s"
     )
+    print(f"{summary['reason']}\n" if summary["reason"] else "")
     head, lines = parameters_table(summary, _SHOWN)
     print(text_table(head, lines, names=1))
     rest = len(summary["parameters"]) - _SHOWN

@@ -11,15 +11,20 @@ from undrift.density.anneal import (
     Langevin,
     anneal,
 )
+from undrift.density.auto import Auto, Survey, survey
 from undrift.density.coordinates import Affine, Coordinates, Laplace
 from undrift.density.draws import Draws
 from undrift.density.method import Method
+from undrift.density.monte_carlo import MonteCarloDenoiser
 from undrift.density.move import HMC, MALA, ULA, Cycle, Independence, Move, Underdamped
 from undrift.density.parameters import Parameters, ordered
 from undrift.density.path import Dilation, Direct, Geometric, Normal, Path, StudentT, TemperedDilation, Tilt
+from undrift.density.reverse_diffusion import ReverseDiffusion, matched_prior
 from undrift.density.schedule import AdaptiveLevels, FixedLevels, Levels, Resampling
 from undrift.density.step import Adapted, FixedStep, ScoreNorm, SignalToNoise, Smoothness, StepRule
 from undrift.density.target import AffineTarget, Evaluations, Point, Target, TargetError
+from undrift.density.tempering import ParallelTempering
+from undrift.density.trust import verdict, warnings
 
 __all__ = [
     "AIS",
@@ -34,6 +39,7 @@ __all__ = [
     "AffineTarget",
     "AnnealedLangevin",
     "Annealing",
+    "Auto",
     "Coordinates",
     "Cycle",
     "Dilation",
@@ -50,22 +56,30 @@ __all__ = [
     "Laplace",
     "Levels",
     "Method",
+    "MonteCarloDenoiser",
     "Move",
     "Normal",
+    "ParallelTempering",
     "Parameters",
     "Path",
     "Point",
     "Resampling",
+    "ReverseDiffusion",
     "ScoreNorm",
     "SignalToNoise",
     "Smoothness",
     "StepRule",
     "StudentT",
+    "Survey",
     "Target",
     "TargetError",
     "TemperedDilation",
     "Tilt",
     "Underdamped",
     "anneal",
+    "matched_prior",
     "ordered",
+    "survey",
+    "verdict",
+    "warnings",
 ]

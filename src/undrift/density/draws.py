@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ class Draws:
         repeat_log_z: log of each repeat's estimate of Z, (repeats,), for methods that promise one; else None.
         promise: "unbiased" if E[Z^] = Z for the run as it was done, "consistent" if only in the limit of many walkers.
         method: what drew them, in words.
+        reason: why that method, where it was chosen for the target.
         evaluations: of the target, pilot included.
         acceptance: mean acceptance at the last level; None without Metropolis.
         relative_step: largest eps L (in x, h L / lambda) over levels, by the curvature found: near 2, Euler's error
@@ -46,6 +48,7 @@ class Draws:
     repeat_log_z: Tensor | None = None
     promise: Literal["unbiased", "consistent"] | None = None
     method: str = ""
+    reason: str = ""
     evaluations: Evaluations = field(default_factory=Evaluations)
     acceptance: float | None = None
     relative_step: float | None = None
@@ -183,4 +186,39 @@ class Draws:
         assign = getattr(self.target, "assign", None)
         if assign is None:
             return None
-        return mode_weights(assign(self.x), len(self.target.mode_weights), self.log_weights)  # type: ignore[attr-defined]
+        truth = getattr(self.target, "mode_weights", None)
+        if truth is None:
+            return None
+        return mode_weights(assign(self.x), len(truth), self.log_weights)
+
+    # -- on disk, and for others ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one sealed safetensors file, atomically; :meth:`load` reads it back."""
+        from undrift.density.archive import save_draws  # an archive knows draws
+
+        return save_draws(path, self)
+
+    @staticmethod
+    def load(path: str | Path, target: Target | None = None) -> Draws:
+        """Draws from a file; see :func:`undrift.density.archive.load_draws`.
+
+        Args:
+            path: of the file.
+            target: what was sampled; null rebuilds a benchmark target, and keeps what was recorded of any other.
+        """
+        from undrift.density.archive import load_draws
+
+        return load_draws(path, target)
+
+    def to_arviz(self, seed: int = 0) -> Any:
+        """For ArviZ, with named parameters; needs the extra ``arviz``. Weighted draws are resampled first."""
+        from undrift.density.archive import to_arviz
+
+        return to_arviz(self, seed)
+
+    def warnings(self) -> list[str]:
+        """Why these draws should not be trusted, in sentences; empty if nothing in the run speaks against them."""
+        from undrift.density.trust import warnings
+
+        return warnings(self)

@@ -67,6 +67,7 @@ def summarise(draws: Draws) -> dict[str, Any]:
         "target": draws.target.name,
         "dim": draws.target.dim,
         "method": draws.method,
+        "reason": draws.reason,
         "verdict": verdict(draws, found),
         "warnings": found,
         "draws": {"repeats": repeats, "walkers": walkers, "states": length, "total": repeats * walkers * length},

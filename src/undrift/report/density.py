@@ -64,7 +64,7 @@ def lead(summary: Mapping[str, Any]) -> str:
     return (
         f"{count['total']} draws of {summary['target']} in {summary['dim']} dimension{_s(summary['dim'])} by "
         f"{summary['method'] or 'an unnamed method'}, {count['repeats']} repeat{_s(count['repeats'])}: "
-        f"{summary['verdict']}."
+        f"{summary['verdict']}." + (f" {summary['reason']}" if summary["reason"] else "")
     )
 
 
