@@ -12,7 +12,7 @@ another implementation with three replicates, stand beside ours, with their diff
 Each replicate has 1000 draws (2.5: 2000). s is the root mean square of the target about the origin, which only the rows
 that name it are told; L is that of the narrowest mode. Finished cells are kept in --out and not run again.
 
-    python bench/density_tables.py                                # everything: about an hour on one core
+    python bench/density_tables.py                                # everything: an hour or more on one core
     python bench/density_tables.py --only 2.2 --targets T2 T16w   # minutes
     python bench/density_tables.py --print                        # the tables from what has been run
 """
@@ -112,11 +112,11 @@ CASES = {
 
 @dataclasses.dataclass
 class Outcome:
-    """x (replicates, n, d); log weights (replicates, n) or None; gradients a draw; what a Draws says of its run."""
+    """x (replicates, n, d); log weights (replicates, n) or None; evaluations of the target a draw; what a Draws says of its run."""
 
     x: Tensor
     log_weights: Tensor | None
-    gradients: float
+    evaluations: float
     log_z: list[float] | None = None
     levels: int = 0
 
@@ -124,9 +124,9 @@ class Outcome:
 Row = Callable[[Case, int, int, int], Outcome]  # case, K, replicates, seed
 
 
-def outcome(draws: Draws, gradients: float | None = None) -> Outcome:
+def outcome(draws: Draws, evaluations: float | None = None) -> Outcome:
     replicates, walkers = draws.states.shape[:2]
-    spent = draws.evaluations.total / (replicates * walkers) if gradients is None else gradients
+    spent = draws.evaluations.total / (replicates * walkers) if evaluations is None else evaluations
     log_z = None if draws.repeat_log_z is None else draws.repeat_log_z.tolist()
     return Outcome(draws.states[:, :, -1], draws.walker_log_weights, spent, log_z, len(draws.levels))
 
@@ -311,7 +311,7 @@ def weighed(build: Callable[[Case], Annealing]) -> Row:
         return Outcome(
             torch.cat([r.x for r in runs]),
             torch.cat([r.log_weights for r in runs if r.log_weights is not None]),
-            statistics.mean(r.gradients for r in runs),
+            statistics.mean(r.evaluations for r in runs),
             [r.log_z[0] for r in runs if r.log_z is not None],
             round(statistics.mean(r.levels for r in runs)),
         )
@@ -482,7 +482,7 @@ def cell(table: str, row: str, target: str, seed: int) -> dict[str, Any]:
     delta = None if found.log_z is None else [v - LOG_Z for v in found.log_z]
     return {"table": table, "row": row, "target": target, "budget": what.budget, "replicates": what.replicates,
             "seed": seed, **judge(case, found), "delta": delta, "levels": found.levels,
-            "gradients": found.gradients, "seconds": seconds}  # fmt: skip
+            "evaluations": found.evaluations, "seconds": seconds}  # fmt: skip
 
 
 def against(values: list[float], earlier: float, replicates: int) -> str:
@@ -538,12 +538,12 @@ def show(cells: list[dict[str, Any]], names: list[str], targets: list[str]) -> N
         if not shown:
             continue
         print(f"\n### {name}  {heads[name]}\n")
-        print("| | " + " | ".join(shown) + " | gradients a draw |\n|---" + "|---" * (len(shown) + 1) + "|")
+        print("| | " + " | ".join(shown) + " | evaluations a draw |\n|---" + "|---" * (len(shown) + 1) + "|")
         for row in table.names:
             found = [mine.get((row, t)) for t in shown]
             if not any(found):
                 continue
-            spent = [c["gradients"] for c in found if c]
+            spent = [c["evaluations"] for c in found if c]
             cost = f"{min(spent):.0f}" + (f"–{max(spent):.0f}" if max(spent) > 1.05 * min(spent) + 1 else "")
             text = [entry(c, table.earlier(row, t), name) if c else "" for c, t in zip(found, shown, strict=True)]
             print(f"| {row} | " + " | ".join(text) + f" | {cost} |")
