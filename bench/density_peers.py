@@ -11,6 +11,8 @@ methods take turns within a seed. Seconds are CPU seconds; compilation is timed 
     moments  the larger of the worst |mean - truth| / sd and the worst |sd - truth| / sd over scalars;
              the funnel's first coordinate alone: the others have no standard deviation that draws could find
 
+    work     error^2 x gradients: what an error of 1 would cost where errors fall as 1 / sqrt(gradients); less is better
+
 Gradients are all that a method asks for: pilot, survey, warm-up. Log densities without a gradient are kept apart; the
 peer's SMC asks for two of them per particle and level, ours for none. "exact" are independent draws of the target.
 
@@ -624,7 +626,7 @@ def middle(rows: list[dict[str, Any]], key: str, form: str, spread: bool = False
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    head = ["method", "n", "gradients", "CPU s", "ns / gradient", "error", "|log Z^ - log Z|", "compile s"]
+    head = ["method", "n", "gradients", "CPU s", "ns / gradient", "error", "work", "|log Z^ - log Z|", "compile s"]
     for name, case in CASES.items():
         own = [r for r in rows if r["kind"] == "run" and r["target"] == name]
         if not own:
@@ -642,10 +644,11 @@ def show(rows: list[dict[str, Any]]) -> None:
                         r["error"] = r["tv"] if case.modes else max(r["mean"], r["sd"])
                     if "seconds" in r:
                         r["ns"] = 1e9 * r["seconds"] / r["gradients"]
+                        r["work"] = r["gradients"] * r["error"] ** 2
                 failed = sum("failed" in r for r in some)
                 label = method + (f" ({failed} of {len(some)} gave up)" if failed else "")
                 cells = [label, str(n), middle(some, "gradients", ".3g"), middle(some, "seconds", ".3g")]
-                cells += [middle(some, "ns", ".3g"), middle(some, "error", ".2g", True)]
+                cells += [middle(some, "ns", ".3g"), middle(some, "error", ".2g", True), middle(some, "work", ".2g")]
                 cells += [middle(some, "log_z", ".2g", True), middle(some, "compile", ".2g")]
                 print("| " + " | ".join(cells) + " |")
     head = ["target", "points", "undrift", "blackjax", "undrift, compiled"]

@@ -18,7 +18,7 @@ References:
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path as File
 from typing import Any
 
@@ -180,7 +180,7 @@ class Annealing(Method):
             spent = target.evaluations - before
             return {
                 "smoothness": curved,
-                "evaluations": [spent.values, spent.gradients],
+                "evaluations": astuple(spent),
                 "seconds": time.perf_counter() - began,
             }
 

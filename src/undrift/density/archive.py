@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def save_draws(path: str | Path, draws: Draws) -> Path:
         "promise": draws.promise,
         "method": draws.method,
         "reason": draws.reason,
-        "evaluations": [draws.evaluations.values, draws.evaluations.gradients],
+        "evaluations": astuple(draws.evaluations),
         "acceptance": _finite(draws.acceptance),
         "relative_step": _finite(draws.relative_step),
         "levels": [{key: _finite(value) for key, value in row.items()} for row in draws.levels],

@@ -186,11 +186,14 @@ class LevelDensity:
     base: float | Tensor = 0.0
 
     def at(self, y: Tensor) -> Point:
-        """One evaluation of the target at each y (n, d). Outside the support nothing is known of the score: it is 0."""
+        """One evaluation of the target at each y (n, d). Where the density is 0, or no number, so is the score."""
         value, score = self.target.log_prob_and_score(y)
-        outside = value == -math.inf
-        if bool(outside.any()):
-            score = score.masked_fill(outside.unsqueeze(-1), 0.0)
+        if not bool(torch.isfinite(score).all() & torch.isfinite(value).all()):
+            lost = ~torch.isfinite(y).all(-1)  # proposals beyond the numbers; their answers do not count
+            undefined = torch.isnan(value) | (value == math.inf) | ~torch.isfinite(score).all(-1) & (value != -math.inf)
+            self.target.evaluations.undefined += int((undefined & ~lost).sum())
+            value = value.masked_fill(undefined | lost, -math.inf)
+            score = score.masked_fill((value == -math.inf).unsqueeze(-1), 0.0)
         return Point(y, value, score)
 
     def log_prob(self, point: Point) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path as File
 from typing import Any
 
@@ -152,7 +152,7 @@ class ReverseDiffusion(Method):
             x = torch.cat(done) if done else noise[:0, 0]
             tensors = {**fixed, "noise": noise, "x": x, "generator": mark}
             return tensors, {
-                "evaluations": [spent.values, spent.gradients],
+                "evaluations": astuple(spent),
                 "seconds": time.perf_counter() - began,
                 "ess": worst if math.isfinite(worst) else None,
             }

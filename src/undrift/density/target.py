@@ -14,17 +14,30 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from undrift.density.parameters import Parameters
 
 __all__ = ["AffineTarget", "Evaluations", "Point", "Target", "TargetError"]
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Let torch.distributions answer -inf or NaN where a walker goes too far, rather than stop the batch."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 class TargetError(ValueError):
@@ -38,23 +51,29 @@ class Evaluations:
     Attributes:
         values: log densities without a gradient.
         gradients: gradients; the log density of the same point comes with them.
+        undefined: finite points, among those, where the target had no number to give, and walkers were refused.
     """
 
     values: int = 0
     gradients: int = 0
+    undefined: int = 0
 
     @property
     def total(self) -> int:
         return self.values + self.gradients
 
     def copy(self) -> Evaluations:
-        return Evaluations(self.values, self.gradients)
+        return Evaluations(self.values, self.gradients, self.undefined)
 
     def __sub__(self, other: Evaluations) -> Evaluations:
-        return Evaluations(self.values - other.values, self.gradients - other.gradients)
+        return Evaluations(
+            self.values - other.values, self.gradients - other.gradients, self.undefined - other.undefined
+        )
 
     def __add__(self, other: Evaluations) -> Evaluations:
-        return Evaluations(self.values + other.values, self.gradients + other.gradients)
+        return Evaluations(
+            self.values + other.values, self.gradients + other.gradients, self.undefined + other.undefined
+        )
 
 
 class Point(NamedTuple):
@@ -225,12 +244,17 @@ class Target:
         """log gamma(x): (batch, d) -> (batch,)."""
         self._check_points(x)
         self.evaluations.values += x.shape[0]
-        return self._checked(x, self._log_density(x))
+        with _unvalidated():
+            return self._checked(x, self._log_density(x))
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log gamma(x) and its gradient, (batch,) and (batch, d), from one evaluation; no graph is kept."""
         self._check_points(x)
         self.evaluations.gradients += x.shape[0]
+        with _unvalidated():
+            return self._value_and_score(x)
+
+    def _value_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         known = self._gradient(x.detach())
         if known is not None:
             value, score = known
@@ -314,6 +338,7 @@ class Target:
         Raises:
             TargetError: naming the fault, the point, and what to do.
         """
+        self._log_density(x)  # torch.distributions, where they are used, check their arguments here, and only here
         value, score = self.log_prob_and_score(x)
         bad = torch.isnan(value) | (value == math.inf)
         if bool(bad.any()):
@@ -460,6 +485,9 @@ class AffineTarget(Target):
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         return self.to_z(self.inner.sample(n, generator))
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        return self.inner._log_density(self.to_x(x)) + self.log_det
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.inner.log_prob(self.to_x(x)) + self.log_det

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -159,7 +159,7 @@ class ParallelTempering(Method):
             spent = target.evaluations - before
             tensors, plain = state.written()
             plain |= {
-                "evaluations": [spent.values, spent.gradients],
+                "evaluations": astuple(spent),
                 "seconds": time.perf_counter() - began,
             }
             return {**fixed, **tensors, "generator": mark}, plain

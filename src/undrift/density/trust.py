@@ -40,6 +40,8 @@ OVERDISPERSION = 2.0
 """Ratio of deviations, between repeats' mode weights and multinomial ones; chance does not reach it for 8 repeats."""
 MISS = 3.0
 """Standard errors by which a known log Z may be missed."""
+UNDEFINED = 1e-3
+"""Share of points without a number above which it is no longer a stray proposal that overflowed."""
 LOST = 0.1
 """A mode is lost if it holds less than this share of its true weight..."""
 EXPECTED = 10.0
@@ -99,7 +101,7 @@ def mode_shares(draws: Draws) -> ModeShares | None:
 def warnings(draws: Draws) -> list[str]:
     """Reasons not to trust the draws, the weightiest first; empty if the numbers hold none."""
     shares = mode_shares(draws)
-    found = [*_correction(draws), *_weights(draws), *_chains(draws)]
+    found = [*_correction(draws), *_undefined(draws), *_weights(draws), *_chains(draws)]
     found += [*_modes(draws, shares), *_evidence(draws), *_acceptance(draws), *_repeats(draws)]
     return [*found, *draws.notes]
 
@@ -211,6 +213,15 @@ def _chains(draws: Draws) -> Iterator[str]:
             f"The chains are worth {ess:.0f} independent draws of {repeats * walkers * length}: a mean is known to "
             f"{1 / math.sqrt(max(ess, 1.0)):.0%} of a deviation. Run them longer (keep, thin), or give coordinates "
             "(loc, scale) in which the target is rounder."
+        )
+
+
+def _undefined(draws: Draws) -> Iterator[str]:
+    count, asked = draws.evaluations.undefined, draws.evaluations.total
+    if count > UNDEFINED * asked:
+        yield (
+            f"The target gave no number at {count} of the {asked} points it was asked about; walkers were not let "
+            "there. If these points belong to the support, the draws lack them: look for overflow, 0/0 and logs of rounding."
         )
 
 
