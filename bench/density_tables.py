@@ -112,7 +112,7 @@ CASES = {
 
 @dataclasses.dataclass
 class Outcome:
-    """x (replicates, n, d), log weights (replicates, n) or None, evaluations a draw, and what the run says of itself."""
+    """x (replicates, n, d), log weights (replicates, n) or None, evaluations a draw, what the run says of itself."""
 
     x: Tensor
     log_weights: Tensor | None
