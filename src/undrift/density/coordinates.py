@@ -9,6 +9,7 @@ a target that a user can have. Given, they cost nothing; otherwise they can be e
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from undrift.density.path import _positive
 from undrift.density.target import AffineTarget, Target, TargetError
 
-__all__ = ["Affine", "Coordinates", "Laplace", "Modes", "ascend", "curvature", "factor_of", "spread"]
+__all__ = ["Affine", "Coordinates", "Laplace", "Modes", "ascend", "coordinates_of", "curvature", "factor_of", "spread"]
 
 
 class Coordinates(ABC):
@@ -67,8 +68,9 @@ class Laplace(Coordinates):
 
     def choose(self, target: Target, generator: torch.Generator, dtype: torch.dtype) -> AffineTarget:
         x = torch.empty(self.starts, target.dim, dtype=torch.float64, device=generator.device)
-        found = ascend(target, x.normal_(0, self.radius, generator=generator), self.steps)
-        best = int(found.log_prob.argmax())
+        target.check(x.normal_(0, self.radius, generator=generator))
+        found = ascend(target, x, self.steps)
+        best = int(found.log_prob.nan_to_num(nan=-math.inf).argmax())
         return target.affine(found.x[best], factor_of(curvature(target, found.x[best])))
 
 
@@ -87,6 +89,11 @@ class Modes:
     flat: Tensor
 
 
+def coordinates_of(seen: Target, target: Target) -> AffineTarget | None:
+    """The coordinates that a run chose for a target; None if it sees the target as it is (affine or not)."""
+    return seen if seen is not target and isinstance(seen, AffineTarget) else None
+
+
 def ascend(target: Target, x: Tensor, steps: int = 200) -> Modes:
     """Local maxima of log gamma by L-BFGS (SciPy's), from each of the points x (n, d) on its own."""
     from scipy.optimize import minimize  # half a second to import, for one function
@@ -98,15 +105,17 @@ def ascend(target: Target, x: Tensor, steps: int = 200) -> Modes:
         return -float(value), -score[0].double().cpu().numpy()
 
     ends, left = [], []
+    options = {"maxiter": steps, "maxfun": 4 * steps, "maxcor": 50, "gtol": 1e-7, "ftol": 1e-13}
     for start in x.double().cpu().numpy():
-        options = {"maxiter": steps, "gtol": 1e-7, "ftol": 1e-13}
         found = minimize(downhill, start, jac=True, method="L-BFGS-B", options=options)
         ends.append(torch.from_numpy(found.x))
         left.append(0.5 * abs(float(found.jac @ found.hess_inv.dot(found.jac))))  # half the Newton decrement, in nats
     end = torch.stack(ends).to(x)
     value = target.log_prob(end)
     flat = torch.tensor(left, dtype=torch.float64, device=x.device) < 0.01
-    return Modes(end, value, flat & torch.isfinite(value))
+    # A slope that never bends shows no curvature; it goes on rising where the ascent was heading.
+    further = [target.log_prob(end + reach * (end - x)) > value + 0.01 for reach in (1.0, 2.0, 4.0)]
+    return Modes(end, value, flat & torch.isfinite(value) & ~torch.stack(further).all(0))
 
 
 def curvature(target: Target, x: Tensor) -> Tensor:
@@ -126,6 +135,8 @@ def factor_of(precision: Tensor) -> Tensor:
     Raises:
         TargetError: if no direction has positive curvature.
     """
+    if not bool(torch.isfinite(precision).all()):
+        raise TargetError("the density has no curvature where the ascent ended; give coordinates (loc and scale).")
     values, vectors = torch.linalg.eigh(precision)
     good = values > 1e-10 * values.abs().max()
     if not bool(good.any()):
@@ -147,6 +158,6 @@ def spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     cov = (w.unsqueeze(-1) * centred).T @ centred
     size = float(1 / w.square().sum())
     keep = size / (size + d)
-    diagonal = cov.diagonal().clamp(min=1e-12 * float(cov.diagonal().max().clamp(min=1e-300)))
+    diagonal = cov.diagonal().clamp(min=1e-30 * float(cov.diagonal().max().clamp(min=1e-270)))
     cov = keep * cov + (1 - keep) * torch.diag(diagonal)
     return mean, torch.linalg.cholesky(cov + 1e-10 * torch.diag(diagonal))

@@ -81,8 +81,7 @@ class Draws:
     @cached_property
     def values(self) -> Tensor:
         """All draws on the scale of the target's parameters, (n, scalars), in the order of ``target.labels``."""
-        space = self.target.parameters
-        return self.x if space is None else space.flat(self.x)
+        return torch.cat([value.reshape(len(value), -1) for value in self.parameters().values()], -1)
 
     def parameters(self) -> dict[str, Tensor]:
         """Draws of each named parameter, (n, *shape), on its own scale."""

@@ -81,14 +81,24 @@ class Parameters:
                     f"Parameters: {name} needs a constraint of torch.distributions.constraints, such as real or "
                     f"positive, got {constraint!r}."
                 )
-            sizes = tuple(int(s) for s in shape)
-            if any(s < 1 for s in sizes):
-                raise ValueError(f"Parameters: the shape of {name} must be of positive sizes, got {sizes}.")
+            sizes = tuple(shape)
+            if any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+                raise ValueError(f"Parameters: the shape of {name} must be of positive whole sizes, got {sizes}.")
             try:
                 transform = biject_to(constraint)
+                if len(sizes) < constraint.event_dim:
+                    raise ValueError(
+                        f"Parameters: {name} has the shape {sizes}, but {constraint} needs {constraint.event_dim} "
+                        "dimensions or more: give (constraint, *shape), as in (simplex, 3)."
+                    )
+                free = tuple(transform.inverse_shape(sizes))
+                probe = torch.zeros(2, *free, dtype=torch.float64)
+                transform.log_abs_det_jacobian(probe, transform(probe))
             except NotImplementedError as error:
                 raise ValueError(f"Parameters: no bijection from R^k is known for {name}, {constraint}.") from error
-            self._parts.append((constraint, sizes, transform, tuple(transform.inverse_shape(sizes))))
+            if math.prod(free) == 0:
+                raise ValueError(f"Parameters: {name}, {constraint} of shape {sizes}, is a constant; leave it out.")
+            self._parts.append((constraint, sizes, transform, free))
         self.sizes = [math.prod(free) for *_, free in self._parts]
         self.dim = sum(self.sizes)
 
