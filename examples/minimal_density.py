@@ -8,12 +8,8 @@ from torch.distributions import Gamma, Poisson, constraints
 
 from undrift.density import Auto, Target
 
-# Yearly counts of coal-mining disasters in Britain, 1851 to 1900 (Carlin, Gelfand & Smith 1992): when did the rate fall?
-counts = torch.tensor(
-    [4, 5, 4, 0, 1, 4, 3, 4, 0, 6, 3, 3, 4, 0, 2, 6, 3, 3, 5, 4, 5, 3, 1, 4, 4]
-    + [1, 5, 5, 3, 4, 2, 5, 2, 2, 3, 4, 2, 1, 3, 2, 2, 1, 1, 1, 1, 3, 0, 0, 1, 0],
-    dtype=torch.float64,
-)
+# Coal-mining disasters in Britain, by year, 1851 to 1900 (Carlin, Gelfand & Smith 1992): when did the rate fall?
+counts = torch.tensor([int(c) for c in "45401434063340263354531441553425223421322111130010"], dtype=torch.float64)
 year = torch.arange(1851, 1901, dtype=torch.float64)
 
 

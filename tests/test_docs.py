@@ -122,7 +122,8 @@ def test_commands_exist_and_take_these_flags(tmp_path, monkeypatch):
     assert {"make", "undrift"} <= programs
 
 
-FAST = {
+FAST: dict[str, list[str]] = {
+    "minimal_density.py": [],
     "minimal_learned.py": ["20"],
     "minimal_likelihood.py": ["50"],
     "minimal_process.py": ["1000"],

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from undrift.density.coordinates import Coordinates
+from undrift.density.coordinates import Coordinates, coordinates_of
 from undrift.density.draws import Draws
 from undrift.density.engine import Engine, largest_relative_step, unpack_frozen
 from undrift.density.frame import Metric
@@ -34,7 +34,7 @@ from undrift.density.move import HMC, MALA, ULA, Move
 from undrift.density.path import Dilation, Direct, Geometric, Path
 from undrift.density.schedule import AdaptiveLevels, FixedLevels, Levels, Resampling
 from undrift.density.step import Adapted, ScoreNorm, Smoothness, StepRule, smoothness
-from undrift.density.target import AffineTarget, Evaluations, Target
+from undrift.density.target import Evaluations, Target
 from undrift.measure.evidence import log_mean_exp
 
 __all__ = [
@@ -159,7 +159,8 @@ class Annealing(Method):
         check_run(n, repeats)
         began, before = time.perf_counter(), target.evaluations.copy()
         generator = torch.Generator(device).manual_seed(seed)
-        identity = "" if checkpoint is None else fingerprint(target, method=self, n=n, seed=seed, repeats=repeats)
+        settings = {"n": n, "seed": seed, "repeats": repeats, "dtype": dtype}
+        identity = "" if checkpoint is None else fingerprint(target, method=self, **settings)
         journal = Journal(checkpoint, identity)
         resumed = journal.read()
         walkers = -(-n // (repeats * self.keep))
@@ -184,7 +185,8 @@ class Annealing(Method):
                 "seconds": time.perf_counter() - began,
             }
 
-        fixed = {"loc": seen.loc, "scale": seen.scale} if isinstance(seen, AffineTarget) else {}
+        chosen = coordinates_of(seen, target)
+        fixed = {} if chosen is None else {"loc": chosen.loc, "scale": chosen.scale}
         engine = Engine(self, seen, curved, generator, dtype, journal, fixed, about, progress)
         frozen = None
         if self.pilot and self.adapts and self.weighted and (resumed is None or resumed[1]["phase"] == "pilot"):
@@ -196,7 +198,7 @@ class Annealing(Method):
         result = engine.sweep("run", repeats, walkers, frozen, resumed)
         journal.close()
         kept = torch.stack(result.kept, 1).flatten(0, 1)
-        x = seen.to_x(kept) if isinstance(seen, AffineTarget) else kept
+        x = kept if chosen is None else chosen.to_x(kept)
         relative = None
         if not self.move.exact:
             relative = largest_relative_step(result.rows, seen, result.state.y, curved, self.smoothness is not None)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from undrift.density.anneal import SMC, DilationLangevin
-from undrift.density.coordinates import Affine, Coordinates, ascend, curvature, factor_of, spread
+from undrift.density.coordinates import Affine, Coordinates, Modes, ascend, curvature, factor_of, spread
 from undrift.density.draws import Draws
 from undrift.density.method import Method, check_run
 from undrift.density.move import HMC, MALA
@@ -44,6 +44,7 @@ class Survey:
     """What a first look found.
 
     Attributes:
+        found: ends of all ascents.
         peaks: distinct local maxima that hold still, (M, d), the heaviest first; M may be 0.
         shares: Laplace's estimate of their mass, (M,), summing to 1.
         factor: A with A A' the inverse curvature at the heaviest peak, (d, d); None without a peak.
@@ -51,6 +52,7 @@ class Survey:
         restless: share of ascents that did not come to rest.
     """
 
+    found: Modes
     peaks: Tensor
     shares: Tensor
     factor: Tensor | None
@@ -87,13 +89,22 @@ def survey(
     with contextlib.suppress(FloatingPointError, ValueError):
         curved = smoothness(target, sample)
         run = DilationLangevin(path=Dilation(first=1 / levels), levels=FixedLevels(levels), smoothness=curved)
-        ends = run.run(target, walkers, int(torch.randint(2**31, (), generator=generator)), repeats=1).x
+        ends = run.run(target, walkers, _seed(generator), repeats=1, device=generator.device).x
         explored = ends[torch.isfinite(ends).all(-1)]
         pick = torch.randperm(len(explored), generator=generator)[: ascents - len(near)]
         more = ascend(target, explored[pick])
-        found = type(found)(
-            torch.cat([found.x, more.x]), torch.cat([found.log_prob, more.log_prob]), torch.cat([found.flat, more.flat])
-        )
+        found = _together(found, more)
+    return _weighed(target, found, explored)
+
+
+def _together(some: Modes, more: Modes) -> Modes:
+    return Modes(
+        torch.cat([some.x, more.x]), torch.cat([some.log_prob, more.log_prob]), torch.cat([some.flat, more.flat])
+    )
+
+
+def _weighed(target: Target, found: Modes, explored: Tensor | None) -> Survey:
+    """Distinct peaks among the ends of ascents, with Laplace's approximation of their masses."""
     order = found.log_prob.argsort(descending=True)
     order = order[found.flat[order]]
     peaks: list[Tensor] = []
@@ -110,12 +121,11 @@ def survey(
             factors.append(factor)
             kept.append(x)
     if not kept:
-        return Survey(found.x[:0], found.log_prob[:0], None, explored, restless)
+        return Survey(found, found.x[:0], found.log_prob[:0], None, explored, restless)
     mass = torch.tensor(masses, dtype=torch.float64)
     order = mass.argsort(descending=True)
-    return Survey(
-        torch.stack(kept)[order.to(found.x.device)], mass.softmax(0)[order], factors[int(order[0])], explored, restless
-    )
+    where = torch.stack(kept)[order.to(found.x.device)]
+    return Survey(found, where, mass.softmax(0)[order], factors[int(order[0])], explored, restless)
 
 
 def _same(target: Target, x: Tensor, y: Tensor) -> bool:
@@ -167,23 +177,29 @@ class Auto(Method):
         view = target.affine() if self.coordinates is None else self.coordinates.choose(target, generator, dtype)
         view.check(torch.empty(16, target.dim, dtype=torch.float64, device=device).normal_(generator=generator))
         seen = survey(view, generator, walkers=self.walkers, levels=self.levels, ascents=self.ascents)
-        scout, why = self.choose(view, seen)
-        scout, fitted = self.fit(view, scout, seed, device)
-        method: Method = scout
-        if seen.unsettled:
-            method = ParallelTempering(
-                path=scout.path, move=scout.move, levels=12, iterations=1500, coordinates=scout.coordinates
+        for attempt in ("", ".again"):
+            scout, why, fitted = self.fit(view, seen, generator)
+            method: Method = scout
+            if seen.unsettled:
+                method = ParallelTempering(
+                    path=scout.path, move=scout.move, levels=12, iterations=1500, coordinates=scout.coordinates
+                )
+            draws = method.run(
+                view,
+                n,
+                seed,
+                repeats=repeats,
+                checkpoint=None if checkpoint is None else f"{checkpoint}{attempt}",
+                progress=progress,
+                dtype=dtype,
+                device=device,
             )
-        draws = method.run(
-            view,
-            n,
-            seed,
-            repeats=repeats,
-            checkpoint=checkpoint,
-            progress=progress,
-            dtype=dtype,
-            device=device,
-        )
+            if seen.unsettled or seen.relevant > 1 or attempt or view.dim > _FITTED:
+                break
+            more = self.look_again(view, seen, draws, generator)
+            if more.relevant == 1:
+                break
+            seen = more
         return replace(
             draws,
             target=target,
@@ -237,29 +253,48 @@ class Auto(Method):
             "non-centred form) would be far cheaper."
         )
 
-    def fit(self, target: Target, method: SMC, seed: int, device: torch.device | str) -> tuple[SMC, tuple[str, ...]]:
-        """The method in coordinates fitted to what short runs of it find, and a note if they would not settle.
+    def look_again(self, target: Target, seen: Survey, draws: Draws, generator: torch.Generator) -> Survey:
+        """The survey with ascents from draws of a run, which stand for what was explored if they lead to more peaks."""
+        some = draws.resample(self.ascents, generator).double()
+        more = _weighed(target, _together(seen.found, ascend(target, some)), seen.explored)
+        return replace(more, explored=draws.resample(self.walkers, generator)) if more.relevant > 1 else more
+
+    def fit(self, target: Target, seen: Survey, generator: torch.Generator) -> tuple[SMC, str, tuple[str, ...]]:
+        """The method chosen, its reason, and a note if it would not settle, after short runs of it have corrected both.
 
         A base law narrower than the target loses mass without a trace. Each scout's walkers give mean and covariance,
-        the coordinates of the next; they have settled when a scout finds no more than the one before.
+        the coordinates of the next; they have settled when a scout finds no more than the one before. Where only one
+        peak was known, ascents from the scout's walkers look for others.
         """
+        method, why = self.choose(target, seen)
         if target.dim > _FITTED:
-            return method, ()
-        assert isinstance(method.coordinates, Affine)
+            return method, why, ()
         walkers, growth = max(512, 12 * target.dim), 1.0
-        for scout in range(self.scouts):
+        for _ in range(self.scouts):
+            assert isinstance(method.coordinates, Affine)
             quick = replace(method, levels=AdaptiveLevels(0.8), moves=min(3, method.moves), pilot=False)
-            draws = quick.run(target, walkers, seed + 1 + scout, repeats=1, device=device)
-            seen = target.affine(method.coordinates.loc, method.coordinates.scale)
-            loc, factor = spread(seen.to_z(draws.x), draws.weights)
+            draws = quick.run(target, walkers, _seed(generator), repeats=1, device=generator.device)
+            view = target.affine(method.coordinates.loc, method.coordinates.scale)
+            loc, factor = spread(view.to_z(draws.x), draws.weights)
             growth = max(float(torch.linalg.svdvals(factor)[0]), 1.5 * float(loc.abs().max()))
             noise = math.sqrt(target.dim * float(draws.weights.square().sum()))
-            method = replace(method, coordinates=Affine(*spread(draws.x, draws.weights)))
+            coordinates = Affine(*spread(draws.x, draws.weights))
+            if seen.relevant == 1 and not seen.unsettled:
+                seen = self.look_again(target, seen, draws, generator)
+                if seen.relevant > 1:
+                    method, why = self.choose(target, seen)
+                    growth = math.inf
+            method = replace(method, coordinates=coordinates)
             if growth < 1.25 + noise:
-                return method, ()
-        if growth < 2.0:
-            return method, ()
-        return method, (
+                return method, why, ()
+        if growth < 2.0 or self.scouts == 0:
+            return method, why, ()
+        note = (
             f"After {self.scouts} fits of the coordinates the walkers still spread {growth:.2g} times wider than the "
-            "fit before: the target may have tails, or peaks, beyond what was searched. Give coordinates (loc, scale).",
+            "fit before: the target may have tails, or peaks, beyond what was searched. Give coordinates (loc, scale)."
         )
+        return method, why, (note,)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Result", "Setting", "largest_relative_step", "unpack_frozen"]
 
+Entry = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+
 
 @dataclass(frozen=True, eq=False)
 class Setting:
@@ -77,6 +79,7 @@ class Engine:
     ) -> None:
         self.m, self.target, self.curved, self.generator = method, target, curved, generator
         self.dtype, self.journal, self.fixed, self.about, self.progress = dtype, journal, fixed, about, progress
+        self._safe: Entry | None = None
 
     def sweep(
         self,
@@ -145,6 +148,8 @@ class Engine:
             point = density.at(out.state.y)
             self._gain(density.log_prob(point) - m.path.start.log_prob(point.x))
             out.state = out.state._replace(point=point)
+            if m.resampling is not None and self.u < 1.0:
+                self._resample()  # the next level is chosen by walkers that count
         self._open_level(None)
 
     def _enter_next(self) -> None:
@@ -166,7 +171,7 @@ class Engine:
             else:  # values alone: the score of this point is not looked at
                 y = state.y * math.exp(log_a)
                 point = Point(y, self.target.log_prob(y), y)
-            return conditional_ess(flat_w, torch.nan_to_num(gain(v, point), nan=-math.inf))
+            return conditional_ess(flat_w, torch.nan_to_num(gain(v, point), nan=-math.inf, neginf=-math.inf))
 
         v = m.levels.following(self.k, self.u, cess) if self.frozen is None else self.frozen[self.k + 1].u
         log_a = row.log_scale - m.path.level(v).log_scale
@@ -175,7 +180,7 @@ class Engine:
             state = state._replace(y=y, point=m.path.density(self.target, v).at(y) if m.weighted else None)
         share = None
         if m.weighted:
-            increment = torch.nan_to_num(gain(v, state.known(old)), nan=-math.inf)
+            increment = torch.nan_to_num(gain(v, state.known(old)), nan=-math.inf, neginf=-math.inf)
             share = conditional_ess(flat_w, increment)
             self._gain(increment)
         out.state = state
@@ -186,7 +191,7 @@ class Engine:
 
     def _gain(self, gain: Tensor) -> None:
         out = self.out
-        gain = torch.nan_to_num(gain.double(), nan=-math.inf)
+        gain = torch.nan_to_num(gain.double(), nan=-math.inf, neginf=-math.inf)
         out.log_w = out.log_w + gain.reshape(out.log_w.shape)
         if bool((out.log_w.logsumexp(-1) == -math.inf).any()):
             raise FloatingPointError(
@@ -282,7 +287,8 @@ class Engine:
         self.relative *= math.exp(2.0 * excess / math.sqrt(1.0 + self.j))
 
     def _finite(self, y: Tensor) -> None:
-        bad = int((~torch.isfinite(y).all(-1)).sum())
+        far = torch.finfo(y.dtype).max ** 0.45  # squares overflow beyond: densities are 0 there, and walkers stay
+        bad = int((~(y.abs() < far).all(-1)).sum())
         if bad:
             raise FloatingPointError(
                 f"{self.target.name}: {bad} of {len(y)} walkers left the numbers at u = {self.u:.4g}: unadjusted steps "
@@ -337,38 +343,45 @@ class Engine:
     # -- the journal ---------------------------------------------------------------------------------------------------
 
     def _note(self, force: bool = False) -> None:
+        """Remember where the run can go on from, and write it if it is time; what is cut short is forgotten."""
         if self.journal.active:
             if not force:
-                self._mark = self.generator.get_state()  # a move that is cut short must not have drawn anything
-            self.journal.write(self._state, force)
+                self._safe = self._snapshot()
+            if self._safe is not None:
+                self.journal.write(self._safe, force)
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        out = self.out
-        tensors = {**self.fixed, "y": out.state.y, "log_w": out.log_w, "log_z": out.log_z, "generator": self._mark}
-        if out.state.point is not None:
-            tensors |= {"value": out.state.point.log_prob, "score": out.state.point.score}
-        if out.state.velocity is not None:
-            tensors["velocity"] = out.state.velocity
-        if out.kept:
-            tensors["kept"] = torch.stack(out.kept)
+    def _snapshot(self) -> Entry:
+        """The state as it is now, to be written later: lists grow in place and are copied, tensors never change."""
+        out, state, kept = self.out, self.out.state, list(self.out.kept)
+        tensors = {**self.fixed, "y": state.y, "log_w": out.log_w, "log_z": out.log_z}
+        tensors["generator"] = self.generator.get_state()
+        if state.point is not None:
+            tensors |= {"value": state.point.log_prob, "score": state.point.score}
+        if state.velocity is not None:
+            tensors["velocity"] = state.velocity
         plain = {
-            **self.about(),
             "phase": self.phase,
             "k": self.k,
             "j": self.j,
             "u": self.u,
             "relative": _plain(self.relative),
-            "moved": out.state.moved,
-            "accepted": self._accepted,
+            "moved": state.moved,
+            "accepted": list(self._accepted),
             "searching": [self.searching, self.side],
             "cess": self._cess,
             "step": _plain(self._mean_step),
-            "rows": out.rows,
-            "settings": _pack(out.settings, "own", tensors),
-            "frozen": None if self.frozen is None else _pack(self.frozen, "frozen", tensors),
+            "rows": list(out.rows),
         }
-        _pack([Setting(self.u, 0.0, self.frame)], "now", tensors)
-        return tensors, plain
+        settings, now, frozen = list(out.settings), [Setting(self.u, 0.0, self.frame)], self.frozen
+
+        def entry() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            full = tensors | ({"kept": torch.stack(kept)} if kept else {})
+            _pack(now, "now", full)
+            own = _pack(settings, "own", full)
+            fixed = None if frozen is None else _pack(frozen, "frozen", full)
+            return full, {**self.about(), **plain, "settings": own, "frozen": fixed}
+
+        return entry
 
     def _restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         place = self.generator.device
@@ -377,7 +390,7 @@ class Engine:
         point = Point(y, tensors["value"], tensors["score"]) if "value" in tensors else None
         self.k, self.j, self.u, self.relative = plain["k"], plain["j"], plain["u"], _number(plain["relative"])
         self._accepted, self._cess, self._mean_step = plain["accepted"], plain["cess"], _number(plain["step"])
-        self._mark, (self.searching, self.side) = tensors["generator"], plain["searching"]
+        self.searching, self.side = plain["searching"]
         (now,) = _unpack([[self.u, None]], "now", tensors)
         self.frame = now.frame
         kept = list(tensors["kept"]) if "kept" in tensors else []
@@ -416,7 +429,7 @@ def _pack(settings: list[Setting], name: str, tensors: dict[str, Tensor]) -> lis
     for k, setting in enumerate(settings):
         if setting.frame is not None:
             for part in ("mean", "factor", "inverse"):
-                tensors[f"{name}.{k}.{part}"] = getattr(setting.frame, part)
+                tensors[f"{name}.{k}.{part}"] = getattr(setting.frame, part).clone()  # no two names for one tensor
     return [[s.u, _plain(s.relative)] for s in settings]
 
 

@@ -26,13 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift._linalg import sqrt_sum
-from undrift.density.coordinates import Coordinates
+from undrift.density.coordinates import Coordinates, coordinates_of
 from undrift.density.draws import Draws
 from undrift.density.journal import Journal, fingerprint
 from undrift.density.method import Method, check_run
 from undrift.density.monte_carlo import MonteCarloDenoiser, check_settings
 from undrift.density.path import Normal
-from undrift.density.target import AffineTarget, Evaluations, Target
+from undrift.density.target import Evaluations, Target
 from undrift.diffusion import Diffusion
 from undrift.process.catalog import VP
 from undrift.process.linear import LinearProcess, mix
@@ -128,7 +128,8 @@ class ReverseDiffusion(Method):
         assert isinstance(self.sampler, TableSampler)
         plan = self.sampler.plan(process)
         walkers = -(-n // repeats)
-        identity = "" if checkpoint is None else fingerprint(target, method=self, n=n, seed=seed, repeats=repeats)
+        settings = {"n": n, "seed": seed, "repeats": repeats, "dtype": dtype}
+        identity = "" if checkpoint is None else fingerprint(target, method=self, **settings)
         journal = Journal(checkpoint, identity)
         resumed = journal.read()
         done: list[Tensor] = []
@@ -145,7 +146,8 @@ class ReverseDiffusion(Method):
             generator.set_state(tensors["generator"])
             noise, worst = tensors["noise"].to(device), math.inf if plain["ess"] is None else plain["ess"]
             done = [tensors["x"].to(device)]
-        fixed = {"loc": seen.loc, "scale": seen.scale} if isinstance(seen, AffineTarget) else {}
+        chosen = coordinates_of(seen, target)
+        fixed = {} if chosen is None else {"loc": chosen.loc, "scale": chosen.scale}
 
         def entry() -> tuple[dict[str, Tensor], dict[str, Any]]:
             spent = target.evaluations - before
@@ -179,7 +181,7 @@ class ReverseDiffusion(Method):
                 raise
         journal.close()
         x = torch.cat(done)
-        x = seen.to_x(x) if isinstance(seen, AffineTarget) else x
+        x = x if chosen is None else chosen.to_x(x)
         return Draws(
             target=target,
             states=x.reshape(repeats, walkers, 1, target.dim),

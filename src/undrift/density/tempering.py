@@ -38,13 +38,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from undrift.density.coordinates import Coordinates
+from undrift.density.coordinates import Coordinates, coordinates_of
 from undrift.density.draws import Draws
 from undrift.density.journal import Journal, fingerprint
 from undrift.density.method import Method, check_run
 from undrift.density.move import MALA, Move, State
 from undrift.density.path import Geometric, LevelDensity, Path, _times
-from undrift.density.target import AffineTarget, Evaluations, Point, Target, TargetError
+from undrift.density.target import Evaluations, Point, Target, TargetError
 
 __all__ = ["ParallelTempering"]
 
@@ -137,7 +137,8 @@ class ParallelTempering(Method):
         check_run(n, repeats)
         began, before = time.perf_counter(), target.evaluations.copy()
         generator = torch.Generator(device).manual_seed(seed)
-        identity = "" if checkpoint is None else fingerprint(target, method=self, n=n, seed=seed, repeats=repeats)
+        settings = {"n": n, "seed": seed, "repeats": repeats, "dtype": dtype}
+        identity = "" if checkpoint is None else fingerprint(target, method=self, **settings)
         journal = Journal(checkpoint, identity)
         walkers = -(-n // (repeats * self.length))
         resumed = journal.read()
@@ -153,7 +154,8 @@ class ParallelTempering(Method):
             began -= plain["seconds"]
             engine = _Ladders(self, seen, repeats, walkers, generator)
             state = engine.restore(tensors, plain)
-        fixed = {"loc": seen.loc, "scale": seen.scale} if isinstance(seen, AffineTarget) else {}
+        chosen = coordinates_of(seen, target)
+        fixed = {} if chosen is None else {"loc": chosen.loc, "scale": chosen.scale}
 
         def entry() -> tuple[dict[str, Tensor], dict[str, Any]]:
             spent = target.evaluations - before
@@ -453,7 +455,8 @@ class _Ladders:
                 "that put the start inside, constrained parameters, or more iterations."
             )
         kept = torch.stack(s.kept, 1)  # (L, length, d)
-        x = seen.to_x(kept.flatten(0, 1)) if isinstance(seen, AffineTarget) else kept
+        chosen = coordinates_of(seen, target)
+        x = kept if chosen is None else chosen.to_x(kept.flatten(0, 1))
         log_z = None
         if m.refreshed:
             ratios = s.centre + tally.forward.log() - tally.backward.log()

@@ -221,7 +221,8 @@ def _undefined(draws: Draws) -> Iterator[str]:
     if count > UNDEFINED * asked:
         yield (
             f"The target gave no number at {count} of the {asked} points it was asked about; walkers were not let "
-            "there. If these points belong to the support, the draws lack them: look for overflow, 0/0 and logs of rounding."
+            "there. If these points belong to the support, the draws lack them: look for overflow, 0/0 and "
+            "logs of rounding."
         )
 
 
