@@ -351,6 +351,7 @@ class Target:
             f"{self.name}: log_prob of points {tuple(x.shape)} returned shape {tuple(value.shape)}; {hint}."
         )
 
+    @torch.no_grad()
     def check(self, x: Tensor, gradient: bool = True) -> None:
         """Look for faults at points x (n, d), n >= 2.
 
@@ -364,7 +365,7 @@ class Target:
         self._check_points(x)
         self.evaluations.values += len(x)
         # torch.distributions, where they are used, check their arguments here, and only here
-        first = self._checked(x, self._log_density(x)).detach()
+        first = self._checked(x, self._log_density(x))
         value, score = self.log_prob_and_score(x)
         bad = torch.isnan(value) | (value == math.inf)
         if bool(bad.any()):
@@ -403,23 +404,24 @@ class Target:
                 "its batch. It must treat points one by one: reduce over the last axis only, and mind broadcasting."
             )
         if gradient:
-            self._check_gradient(x[inside], score[inside])
+            self._check_gradient(x[inside], score[inside], torch.float32 in (x.dtype, value.dtype))
 
-    def _check_gradient(self, x: Tensor, score: Tensor) -> None:
+    def _check_gradient(self, x: Tensor, score: Tensor, single: bool) -> None:
         x, score = x[:8], score[:8]
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         direction /= direction.norm(dim=-1, keepdim=True)
         slope = (score.double() * direction).sum(-1)
-        reach = (1e-5 if x.dtype == torch.float64 else 1e-2) * (1 + x.norm(dim=-1, keepdim=True))
+        rounding, step, factors = (1e-5, 1e-2, (1.0, 0.1)) if single else (1e-13, 1e-5, (1.0, 1e-2))
+        reach = step * (1 + x.norm(dim=-1, keepdim=True))
         best = torch.full_like(slope, math.inf)
         worth = torch.zeros_like(slope)
-        for factor in (1.0, 1e-2):  # a step that suits the target's scale is not known
+        for factor in factors:  # a step that suits the target's scale is not known
             h = factor * reach
             ends = self.log_prob(torch.cat([x + h * direction, x - h * direction]))
             up, down = ends.double().chunk(2)
             found = (up - down) / (2 * h.squeeze(-1).double())
-            noise = 450 * torch.finfo(ends.dtype).eps * (up.abs() + down.abs()) / h.squeeze(-1)
+            noise = rounding * (up.abs() + down.abs()) / h.squeeze(-1)
             miss = ((found - slope).abs() - noise).clamp(min=0) / (slope.abs() + found.abs()).clamp(min=1e-3)
             better = torch.isfinite(miss) & (miss < best)
             best, worth = torch.where(better, miss, best), torch.where(better, found, worth)
