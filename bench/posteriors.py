@@ -79,7 +79,7 @@ def deviations(target: Target, draws: Draws) -> tuple[float | None, float | None
 def run(name: str, n: int, seed: int) -> dict[str, object]:
     target = CASES[name]()
     n = n // 4 if target.dim > 200 else n
-    draws = Auto().run(target, n, seed, repeats=16)
+    draws = Auto().run(target, n, seed, repeats=32)
     known = getattr(target, "log_z", None)
     mean, sd = deviations(target, draws)
     error = draws.log_z_std_error or 0.0
