@@ -37,5 +37,11 @@ def literal_shapes(app, what, name, obj, options, lines):
         lines[i] = "".join(parts)
 
 
+def fields_once(app, what, name, obj, skip, options):
+    """The fields of a named tuple stand in its docstring, under Attributes."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app):
+    app.connect("autodoc-skip-member", fields_once)
     app.connect("autodoc-process-docstring", literal_shapes)

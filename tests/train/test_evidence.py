@@ -12,6 +12,7 @@ from torch import nn
 from undrift import Diffusion, NoiseDiffusion, elbo, load, sample, save
 from undrift.bound import Bound
 from undrift.config import build, describe
+from undrift.container import read_file
 from undrift.denoise import NetworkDenoiser
 from undrift.networks import MLP
 from undrift.pixels import quantise
@@ -37,7 +38,6 @@ from undrift.train import (
     TrainConfig,
     Trainer,
 )
-from undrift.container import read_file
 
 SMALL = TrainConfig(steps=24, batch=32, lr=2e-3, warmup=5, ema=500.0, log_every=7, checkpoint_every=8)
 EVERYTHING = ("Q", "D", "S", "start", "clock")

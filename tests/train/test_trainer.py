@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from undrift.container import read_file
 from undrift.denoise import NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.networks import MLP, UNet
@@ -27,7 +28,6 @@ from undrift.train import (
     TrainingDiverged,
     load,
 )
-from undrift.container import read_file
 from undrift.train.trainer import step_seed
 
 SMALL = TrainConfig(steps=30, batch=32, lr=2e-3, warmup=5, ema=500.0, log_every=7, checkpoint_every=10)

@@ -8,14 +8,14 @@ In coordinates y, the level of parameter u in [0, 1] has the density
 with the target :math:`\gamma`, a base law :math:`\nu`, an exponent t, a base exponent b and a scale s; u = 1 is the
 target itself (t = 1, b = 0, s = 1). The paths of the literature are settings of it:
 
-=================  ==========  ============  ==================  =========================================
-path               t           b             s                   level in x
-=================  ==========  ============  ==================  =========================================
-geometric          beta        1 - beta      1                   :math:`\nu^{1-\beta} \gamma^\beta`
-dilation           1           0             :math:`\sqrt\lambda` :math:`\gamma(x / \sqrt\lambda)`
-tempered dilation  lambda      0             :math:`\sqrt\lambda` :math:`\gamma(x / \sqrt\lambda)^\lambda`
-tilt               1           kappa         1                   :math:`\gamma(x)\, e^{-\kappa |x|^2 / 2}`
-=================  ==========  ============  ==================  =========================================
+=================  ========  ===========  ======================  ============================================
+path               t         b            s                       level in x
+=================  ========  ===========  ======================  ============================================
+geometric          beta      1 - beta     1                       :math:`\nu^{1-\beta} \gamma^\beta`
+dilation           1         0            :math:`\sqrt\lambda`    :math:`\gamma(x / \sqrt\lambda)`
+tempered dilation  lambda    0            :math:`\sqrt\lambda`    :math:`\gamma(x / \sqrt\lambda)^\lambda`
+tilt               1         kappa        1                       :math:`\gamma(x)\, e^{-\kappa |x|^2 / 2}`
+=================  ========  ===========  ======================  ============================================
 
 A walker keeps its x from one level to the next, so y shrinks by :math:`s(u) / s(u')`. Only that ratio is ever
 formed: the dilation path, integrated in y, is Langevin dynamics on the target with a shrink between the steps, and
