@@ -1,4 +1,4 @@
-"""Centre and scale: ascents end on peaks and say when they do not, curvature is the Hessian, spread is the covariance."""
+"""Centre and scale: ascents end on peaks or say they do not; curvature is the Hessian, spread the covariance."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_curvature_is_minus_the_hessian(target: Target) -> None:
     x = 0.3 * starts(1, target.dim)[0]
     exact = torch.autograd.functional.hessian(lambda v: target._log_density(v.unsqueeze(0)).sum(), x)
     found = curvature(target, x)
-    torch.testing.assert_close(found, -exact, atol=1e-6 * float(exact.abs().max()), rtol=1e-6)  # type: ignore[union-attr]
+    torch.testing.assert_close(found, -exact, atol=1e-6 * float(exact.abs().max()), rtol=1e-6)
     assert torch.equal(found, found.T)
 
 
