@@ -35,8 +35,9 @@ from undrift.density import (
 )
 from undrift.density import Path as DensityPath
 from undrift.density import move as move_module
+from undrift.density.law import Base
+from undrift.density.level import Level, LevelDensity
 from undrift.density.move import State
-from undrift.density.path import Base, Level, LevelDensity
 from undrift.density.schedule import conditional_ess
 from undrift.density.targets import Gaussian, GaussianMixture, Grid16, TwoModes
 from undrift.measure.evidence import mode_weights, total_variation

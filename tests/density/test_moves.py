@@ -21,8 +21,8 @@ from torch import Tensor
 from undrift.density import HMC, MALA, ULA, Cycle, Independence, Move, Normal, ScoreNorm, StudentT, Target, Underdamped
 from undrift.density import move as move_module
 from undrift.density.frame import Frame, FramedDensity
+from undrift.density.level import Level, LevelDensity
 from undrift.density.move import Info, Size, State
-from undrift.density.path import Level, LevelDensity
 from undrift.density.targets import Gaussian, GaussianMixture, TwoModes
 
 N, PAIRS = 20_000, 200_000

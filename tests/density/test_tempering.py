@@ -9,9 +9,10 @@ from scipy import stats
 from undrift.config import build, describe
 from undrift.density import tempering
 from undrift.density.coordinates import Affine
+from undrift.density.law import Normal, StudentT
 from undrift.density.method import Method
 from undrift.density.move import HMC, MALA, ULA, Cycle, Independence, Underdamped
-from undrift.density.path import Dilation, Direct, Geometric, Normal, Path, StudentT, TemperedDilation, Tilt
+from undrift.density.path import Dilation, Direct, Geometric, Path, TemperedDilation, Tilt
 from undrift.density.target import Target, TargetError
 from undrift.density.targets.mixtures import Gaussian, Grid16, TwoModes
 from undrift.density.tempering import ParallelTempering, _Ladders, equal_rejections, exchange

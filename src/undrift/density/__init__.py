@@ -14,11 +14,12 @@ from undrift.density.anneal import (
 from undrift.density.auto import Auto, Survey, survey
 from undrift.density.coordinates import Affine, Coordinates, Laplace
 from undrift.density.draws import Draws
+from undrift.density.law import Normal, StudentT
 from undrift.density.method import Method
 from undrift.density.monte_carlo import MonteCarloDenoiser
 from undrift.density.move import HMC, MALA, ULA, Cycle, Independence, Move, Underdamped
 from undrift.density.parameters import Parameters, ordered
-from undrift.density.path import Dilation, Direct, Geometric, Normal, Path, StudentT, TemperedDilation, Tilt
+from undrift.density.path import Dilation, Direct, Geometric, Path, TemperedDilation, Tilt
 from undrift.density.reverse_diffusion import ReverseDiffusion, matched_prior
 from undrift.density.schedule import AdaptiveLevels, FixedLevels, Levels, Resampling
 from undrift.density.step import Adapted, FixedStep, ScoreNorm, SignalToNoise, Smoothness, StepRule

@@ -24,9 +24,10 @@ from torch import Tensor
 from undrift.density.anneal import SMC, DilationLangevin
 from undrift.density.coordinates import Affine, Coordinates, Modes, ascend, curvature, factor_of, spread
 from undrift.density.draws import Draws
+from undrift.density.law import Base, Normal, StudentT
 from undrift.density.method import Method, check_run
 from undrift.density.move import HMC, MALA
-from undrift.density.path import Base, Dilation, Geometric, Normal, StudentT
+from undrift.density.path import Dilation, Geometric
 from undrift.density.schedule import AdaptiveLevels, FixedLevels
 from undrift.density.step import smoothness
 from undrift.density.target import Target

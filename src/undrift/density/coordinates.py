@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from undrift.density.path import _positive
+from undrift.density.law import positive
 from undrift.density.target import AffineTarget, Target, TargetError
 
 __all__ = ["Affine", "Coordinates", "Laplace", "Modes", "ascend", "coordinates_of", "curvature", "factor_of", "spread"]
@@ -62,7 +62,7 @@ class Laplace(Coordinates):
     steps: int = 200
 
     def __post_init__(self) -> None:
-        _positive(self, radius=self.radius)
+        positive(self, radius=self.radius)
         if self.starts < 1 or self.steps < 1:
             raise ValueError(f"Laplace: starts and steps must be at least 1, got {self.starts} and {self.steps}.")
 
@@ -148,7 +148,8 @@ def factor_of(precision: Tensor) -> Tensor:
 def spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean (d,) and a Cholesky factor (d, d) of the covariance of points x (n, d) of given weights (n,).
 
-    With few points the covariance is shrunk towards its diagonal, by d / (d + n).
+    With fewer than five effective points a coordinate the covariance is shrunk towards its diagonal, by d / (d + n):
+    more would hide strong correlations, without need.
     """
     n, d = x.shape
     x = x.double()
@@ -157,7 +158,7 @@ def spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     centred = x - mean
     cov = (w.unsqueeze(-1) * centred).T @ centred
     size = float(1 / w.square().sum())
-    keep = size / (size + d)
+    keep = size / (size + d) if size < 5 * d else 1.0
     diagonal = cov.diagonal().clamp(min=1e-30 * float(cov.diagonal().max().clamp(min=1e-270)))
     cov = keep * cov + (1 - keep) * torch.diag(diagonal)
-    return mean, torch.linalg.cholesky(cov + 1e-10 * torch.diag(diagonal))
+    return mean, torch.linalg.cholesky(cov + 1e-12 * torch.diag(diagonal))

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from undrift.density.frame import Frame, FramedDensity, fit_frame
 from undrift.density.journal import Journal
+from undrift.density.level import LevelDensity
 from undrift.density.move import Size, State
-from undrift.density.path import LevelDensity
 from undrift.density.schedule import FixedLevels, conditional_ess
 from undrift.density.step import Adapted, smoothness
 from undrift.density.target import Point, Target

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from undrift.density.coordinates import spread
+from undrift.density.level import LevelDensity, column, times
 from undrift.density.move import State
-from undrift.density.path import LevelDensity, _column, _times
 from undrift.density.target import Point
 
 __all__ = ["Frame", "FramedDensity", "Metric", "fit_frame"]
@@ -94,14 +94,14 @@ class FramedDensity(LevelDensity):
 
     def log_prob(self, point: Point) -> Tensor:
         assert self.frame is not None
-        value = _times(self.exponent, point.log_prob)
+        value = times(self.exponent, point.log_prob)
         if isinstance(self.base, Tensor) or self.base != 0:
-            value = value + _times(self.base, self.law.log_prob(self.frame.to_y(point.x)))
+            value = value + times(self.base, self.law.log_prob(self.frame.to_y(point.x)))
         return value
 
     def score(self, point: Point) -> Tensor:
         assert self.frame is not None
-        score = _times(_column(self.exponent), point.score)
+        score = times(column(self.exponent), point.score)
         if isinstance(self.base, Tensor) or self.base != 0:
-            score = score + _times(_column(self.base), self.frame.pull(self.law.score(self.frame.to_y(point.x))))
+            score = score + times(column(self.base), self.frame.pull(self.law.score(self.frame.to_y(point.x))))
         return score

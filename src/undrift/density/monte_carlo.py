@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
+from undrift.density.law import Base, Normal
+from undrift.density.level import LevelDensity, times
 from undrift.density.move import MALA, State
-from undrift.density.path import Base, LevelDensity, Normal, _times
 from undrift.density.schedule import Resampling
 from undrift.density.step import smoothness as largest_curvature
 from undrift.density.target import Evaluations, Point, Target
@@ -265,7 +266,7 @@ class MonteCarloDenoiser(Denoiser):
         previous, moved = 0.0, MALA()
         for k in range(max(1, self.levels)):
             beta = ((k + 1) / max(1, self.levels)) ** 2
-            gain = _times(beta - previous, point.log_prob - law.log_prob(point.x))
+            gain = times(beta - previous, point.log_prob - law.log_prob(point.x))
             log_w = log_w + torch.nan_to_num(gain.double(), nan=-math.inf, posinf=math.inf).reshape(n, p)
             ess = torch.minimum(ess, effective_sample_size(log_w) / p)
             previous = beta

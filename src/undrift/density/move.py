@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from undrift.density.path import Base, LevelDensity, Normal
+from undrift.density.law import Base, Normal
+from undrift.density.level import LevelDensity
 from undrift.density.target import Point
 
 __all__ = ["HMC", "MALA", "ULA", "Cycle", "Independence", "Info", "Move", "Size", "State", "Underdamped"]

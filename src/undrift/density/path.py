@@ -32,187 +32,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from undrift.density.law import Base, Normal, positive
+from undrift.density.level import Level, LevelDensity
+from undrift.density.target import Target
 
-from undrift.density.target import Point, Target
-
-__all__ = [
-    "Base",
-    "Dilation",
-    "Direct",
-    "Geometric",
-    "Level",
-    "LevelDensity",
-    "Normal",
-    "Path",
-    "StudentT",
-    "TemperedDilation",
-    "Tilt",
-]
-
-
-# -- laws to start from ------------------------------------------------------------------------------------------------
-
-
-class Base(ABC):
-    """A law on R^d, for any d, with exact draws and a normalised density; isotropic about the origin."""
-
-    std: float
-
-    @abstractmethod
-    def log_prob(self, y: Tensor) -> Tensor:
-        """Log density at y (n, d): (n,)."""
-
-    @abstractmethod
-    def score(self, y: Tensor) -> Tensor:
-        """Its gradient, (n, d)."""
-
-    @abstractmethod
-    def sample(self, n: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """n draws, (n, dim), on the generator's device."""
-
-    @abstractmethod
-    def smoothness(self, dim: int) -> float:
-        """Largest curvature of -log density."""
-
-
-def _positive(owner: object, **values: float) -> None:
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{type(owner).__name__}: {name} must be positive, got {value}.")
-
-
-def _noise(n: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.empty(n, dim, dtype=dtype, device=generator.device).normal_(generator=generator)
-
-
-@dataclass(frozen=True, eq=False)
-class Normal(Base):
-    """N(0, std^2 I)."""
-
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        _positive(self, std=self.std)
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        constant = y.shape[-1] * (math.log(self.std) + 0.5 * math.log(2 * math.pi))
-        return y.square().sum(-1) * (-0.5 / self.std**2) - constant
-
-    def score(self, y: Tensor) -> Tensor:
-        return y * (-1 / self.std**2)
-
-    def sample(self, n: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return self.std * _noise(n, dim, generator, dtype)
-
-    def smoothness(self, dim: int) -> float:
-        return self.std**-2
-
-
-@dataclass(frozen=True, eq=False)
-class StudentT(Base):
-    """Multivariate Student t about 0 with scale ``std`` and ``df`` degrees of freedom: for targets of heavy tails."""
-
-    std: float = 1.0
-    df: float = 4.0
-
-    def __post_init__(self) -> None:
-        _positive(self, std=self.std, df=self.df)
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        d, nu = y.shape[-1], self.df
-        constant = math.lgamma(0.5 * (nu + d)) - math.lgamma(0.5 * nu) - 0.5 * d * math.log(nu * math.pi * self.std**2)
-        return constant - 0.5 * (nu + d) * (y.square().sum(-1) / (nu * self.std**2)).log1p()
-
-    def score(self, y: Tensor) -> Tensor:
-        d, nu = y.shape[-1], self.df
-        return y * (-(nu + d) / (nu * self.std**2 + y.square().sum(-1, keepdim=True)))
-
-    def sample(self, n: int, dim: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        noise = _noise(n, dim, generator, dtype)
-        shape = torch.full((n, 1), 0.5 * self.df, dtype=dtype, device=generator.device)
-        chi = 2 * torch._standard_gamma(shape, generator=generator)
-        return self.std * noise * (self.df / chi).sqrt()
-
-    def smoothness(self, dim: int) -> float:
-        return (self.df + dim) / (self.df * self.std**2)
-
-
-# -- levels ------------------------------------------------------------------------------------------------------------
-
-
-class Level(NamedTuple):
-    """A row of a path's table.
-
-    Attributes:
-        exponent: t, of the target.
-        base: b, of the base law.
-        log_scale: log s.
-    """
-
-    exponent: float
-    base: float
-    log_scale: float = 0.0
-
-
-def _times(factor: float | Tensor, value: Tensor) -> Tensor:
-    """factor * value, and 0 where the factor is 0, even if the value is infinite."""
-    if isinstance(factor, Tensor):
-        return torch.where(factor == 0, torch.zeros_like(value), factor * value)
-    return torch.zeros_like(value) if factor == 0 else value if factor == 1 else factor * value
-
-
-def _column(factor: float | Tensor) -> float | Tensor:
-    return factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor
-
-
-@dataclass(frozen=True, eq=False)
-class LevelDensity:
-    """The density of a level, in y.
-
-    Args:
-        target: gamma.
-        law: nu.
-        exponent: t, a number, or one for each point (n,).
-        base: b, likewise.
-    """
-
-    target: Target
-    law: Base
-    exponent: float | Tensor = 1.0
-    base: float | Tensor = 0.0
-
-    def at(self, y: Tensor) -> Point:
-        """One evaluation of the target at each y (n, d). Where the density is 0, or no number, so is the score."""
-        value, score = self.target.log_prob_and_score(y)
-        if not bool(torch.isfinite(score).all() & torch.isfinite(value).all()):
-            lost = ~torch.isfinite(y).all(-1)  # proposals beyond the numbers; their answers do not count
-            undefined = torch.isnan(value) | (value == math.inf) | ~torch.isfinite(score).all(-1) & (value != -math.inf)
-            self.target.evaluations.undefined += int((undefined & ~lost).sum())
-            value = value.masked_fill(undefined | lost, -math.inf)
-            score = score.masked_fill((value == -math.inf).unsqueeze(-1), 0.0)
-        return Point(y, value, score)
-
-    def log_prob(self, point: Point) -> Tensor:
-        """log pi_u, (n,), not normalised."""
-        value = _times(self.exponent, point.log_prob)
-        if isinstance(self.base, Tensor) or self.base != 0:
-            value = value + _times(self.base, self.law.log_prob(point.x))
-        return value
-
-    def score(self, point: Point) -> Tensor:
-        """grad log pi_u, (n, d)."""
-        score = _times(_column(self.exponent), point.score)
-        if isinstance(self.base, Tensor) or self.base != 0:
-            score = score + _times(_column(self.base), self.law.score(point.x))
-        return score
-
-    def smoothness(self, of_target: float) -> Any:
-        """L of the level for a target of smoothness L: t L + b L_nu."""
-        return self.exponent * of_target + self.base * self.law.smoothness(self.target.dim)
+__all__ = ["Dilation", "Direct", "Geometric", "Path", "Spacing", "TemperedDilation", "Tilt"]
 
 
 class Path(ABC):
@@ -372,7 +198,7 @@ class TemperedDilation(Path):
 
     def __post_init__(self) -> None:
         _check_dilation(self)
-        _positive(self, tail=self.tail)
+        positive(self, tail=self.tail)
 
     @property
     def law(self) -> Base:
@@ -403,7 +229,7 @@ class Tilt(Path):
     last: float = 1e-4
 
     def __post_init__(self) -> None:
-        _positive(self, first=self.first, last=self.last)
+        positive(self, first=self.first, last=self.last)
 
     @property
     def law(self) -> Base:

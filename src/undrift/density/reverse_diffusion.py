@@ -29,9 +29,9 @@ from undrift._linalg import sqrt_sum
 from undrift.density.coordinates import Coordinates, coordinates_of
 from undrift.density.draws import Draws
 from undrift.density.journal import Journal, fingerprint
+from undrift.density.law import Normal
 from undrift.density.method import Method, check_run
 from undrift.density.monte_carlo import MonteCarloDenoiser, check_settings
-from undrift.density.path import Normal
 from undrift.density.target import Evaluations, Target
 from undrift.diffusion import Diffusion
 from undrift.process.catalog import VP

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from undrift.density.path import Level, LevelDensity, _positive
+from undrift.density.law import positive
+from undrift.density.level import Level, LevelDensity
 from undrift.density.target import Target
 
 __all__ = ["Adapted", "FixedStep", "ScoreNorm", "SignalToNoise", "Smoothness", "StepRule", "smoothness"]
@@ -51,7 +52,7 @@ class FixedStep(StepRule):
     relative: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive(self, relative=self.relative)
+        positive(self, relative=self.relative)
 
     def size(self, density: LevelDensity, level: Level, score: Tensor, smoothness: float) -> Any:
         return self.relative / smoothness * math.exp(-2 * level.log_scale)
@@ -64,7 +65,7 @@ class Smoothness(StepRule):
     relative: float = 0.1
 
     def __post_init__(self) -> None:
-        _positive(self, relative=self.relative)
+        positive(self, relative=self.relative)
 
     def size(self, density: LevelDensity, level: Level, score: Tensor, smoothness: float) -> Any:
         return self.relative / density.smoothness(smoothness)
@@ -85,7 +86,7 @@ class ScoreNorm(StepRule):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, relative=self.relative, radius=self.radius)
+        positive(self, relative=self.relative, radius=self.radius)
 
     def size(self, density: LevelDensity, level: Level, score: Tensor, smoothness: float) -> Any:
         bound = self.radius * math.sqrt(score.shape[-1] * smoothness)
@@ -102,7 +103,7 @@ class SignalToNoise(StepRule):
     ratio: float = 0.16
 
     def __post_init__(self) -> None:
-        _positive(self, ratio=self.ratio)
+        positive(self, ratio=self.ratio)
 
     def size(self, density: LevelDensity, level: Level, score: Tensor, smoothness: float) -> Any:
         return 2 * self.ratio**2 * score.shape[-1] / score.square().sum(-1).mean()
@@ -121,7 +122,7 @@ class Adapted(StepRule):
     relative: float = 0.5
 
     def __post_init__(self) -> None:
-        _positive(self, relative=self.relative)
+        positive(self, relative=self.relative)
         if self.acceptance is not None and not 0 < self.acceptance < 1:
             raise ValueError(f"Adapted: acceptance must lie in (0, 1), got {self.acceptance}.")
 

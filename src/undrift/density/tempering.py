@@ -41,9 +41,10 @@ from tqdm import tqdm
 from undrift.density.coordinates import Coordinates, coordinates_of
 from undrift.density.draws import Draws
 from undrift.density.journal import Journal, fingerprint
+from undrift.density.level import LevelDensity, times
 from undrift.density.method import Method, check_run
 from undrift.density.move import MALA, Move, State
-from undrift.density.path import Geometric, LevelDensity, Path, _times
+from undrift.density.path import Geometric, Path
 from undrift.density.target import Evaluations, Point, Target, TargetError
 
 __all__ = ["ParallelTempering"]
@@ -412,7 +413,7 @@ class _Ladders:
         steps = [v.diff().unsqueeze(-1) for v in self._levels(s.u)]
 
         def gain(rows: slice) -> Tensor:
-            w = _times(steps[0], value[rows]) + _times(steps[1], law[rows])
+            w = times(steps[0], value[rows]) + times(steps[1], law[rows])
             return torch.nan_to_num(w, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
         return gain(slice(None, -1)), gain(slice(1, None))
