@@ -16,7 +16,7 @@ methods take turns within a seed. Seconds are CPU seconds; compilation is timed 
 Gradients are all that a method asks for: pilot, survey, warm-up. Log densities without a gradient are kept apart; the
 peer's SMC asks for two of them per particle and level, ours for none. "exact" are independent draws of the target.
 
-    python bench/density_peers.py                      # about a quarter of an hour
+    python bench/density_peers.py                  # a quarter of an hour of CPU, over a third of it the compiler
     python bench/density_peers.py --only Grid --seeds 0
     python bench/density_peers.py --cost               # nanoseconds a point: bare targets, compiled or not
     python bench/density_peers.py --print
