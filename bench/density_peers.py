@@ -61,11 +61,11 @@ from undrift.density import (
     Affine,
     DilationLangevin,
     Draws,
+    StudentT,
     Target,
 )
 from undrift.density.auto import Auto
 from undrift.density.coordinates import ascend, curvature, factor_of, spread
-from undrift.density.path import StudentT
 from undrift.density.targets import (
     Banana,
     EightSchools,
