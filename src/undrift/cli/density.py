@@ -27,6 +27,7 @@ from undrift.report.density import parameters_table
 __all__ = ["DensityRun", "import_target"]
 
 _STATE = "state.safetensors"
+_STATE_AGAIN = f"{_STATE}.again"  # of a second run, where Auto saw more in the first one's draws
 _FILES = ("draws.safetensors", "summary.json", "run.json", "report.html")
 _SHOWN = 24
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -172,17 +173,17 @@ class DensityRun:
         return device
 
     def _begin(self, out: Path) -> None:
-        state = out / _STATE
+        states = [name for name in (_STATE, _STATE_AGAIN) if (out / name).exists()]
         if self.resume:
-            if not state.exists():
+            if not states:
                 what = "a complete run" if (out / "summary.json").exists() else "no run to resume"
                 raise ConfigError(f"resume: {out} holds {what} (no {_STATE}).")
             return
-        if state.exists() and not self.overwrite:
+        if states and not self.overwrite:
             raise ConfigError(
                 f"out: {out} holds an interrupted run ({_STATE}); --resume goes on with it, --overwrite starts anew."
             )
-        begin(self, out, (*_FILES, _STATE), self.overwrite)
+        begin(self, out, (*_FILES, _STATE, _STATE_AGAIN), self.overwrite)
 
 
 # -- a density of the user's own ---------------------------------------------------------------------------------------
