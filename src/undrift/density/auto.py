@@ -48,7 +48,8 @@ class Survey:
         found: ends of all ascents.
         peaks: distinct local maxima that hold still, (M, d), the heaviest first; M may be 0.
         shares: Laplace's estimate of their mass, (M,), summing to 1.
-        factor: A with A A' the inverse curvature at the heaviest peak, (d, d); None without a peak.
+        factor: A with A A' the inverse curvature at the heaviest peak, (d, d); None without a peak, or where a
+            Hessian costs too much (then shares compare heights only).
         explored: where the explorer's walkers ended, (n, d); None if they left the numbers.
         restless: share of ascents that did not come to rest.
     """
@@ -114,7 +115,11 @@ def _weighed(target: Target, found: Modes, explored: Tensor | None) -> Survey:
             peaks.append(x)
     restless = float((~found.flat).double().mean())
     masses, factors, kept = [], [], []
-    for x in peaks if target.dim <= _DENSE else []:
+    for x in peaks:
+        if target.dim > _DENSE:
+            masses.append(float(target.log_prob(x.unsqueeze(0))))
+            kept.append(x)
+            continue
         precision = curvature(target, x)
         if bool((torch.linalg.eigvalsh(precision) > 0).all()):  # a saddle or a ridge is no peak
             factor = factor_of(precision)
@@ -126,7 +131,8 @@ def _weighed(target: Target, found: Modes, explored: Tensor | None) -> Survey:
     mass = torch.tensor(masses, dtype=torch.float64)
     order = mass.argsort(descending=True)
     where = torch.stack(kept)[order.to(found.x.device)]
-    return Survey(found, where, mass.softmax(0)[order], factors[int(order[0])], explored, restless)
+    heaviest = factors[int(order[0])] if factors else None
+    return Survey(found, where, mass.softmax(0)[order], heaviest, explored, restless)
 
 
 def _same(target: Target, x: Tensor, y: Tensor) -> bool:
@@ -185,16 +191,20 @@ class Auto(Method):
                 method = ParallelTempering(
                     path=scout.path, move=scout.move, levels=12, iterations=1500, coordinates=scout.coordinates
                 )
+            started, asked = time.perf_counter(), target.evaluations.copy()
             draws = method.run(
                 view,
                 n,
-                seed,
+                _seed(generator) if attempt else seed,  # not the numbers that told where to look
                 repeats=repeats,
                 checkpoint=None if checkpoint is None else f"{checkpoint}{attempt}",
                 progress=progress,
                 dtype=dtype,
                 device=device,
             )
+            # What a run that was interrupted had spent counts as well.
+            began -= draws.seconds - (time.perf_counter() - started)
+            before = before - (draws.evaluations - (target.evaluations - asked))
             if seen.unsettled or seen.relevant > 1 or attempt or view.dim > _FITTED:
                 break
             more = self.look_again(view, seen, draws, generator)
@@ -216,7 +226,7 @@ class Auto(Method):
         """The method for what was seen, with first coordinates, and the reason in words."""
         d = target.dim
         if seen.relevant == 1 and not seen.unsettled:
-            assert seen.factor is not None
+            factor = 1.0 if seen.factor is None else seen.factor
             # Wider than the peak, so that tails are covered; by less in many dimensions, where width costs levels.
             base: Base = StudentT(1.3, 3.0) if d <= 100 else Normal(1.0 + 2.0 / math.sqrt(d))
             method = SMC(
@@ -225,7 +235,7 @@ class Auto(Method):
                 moves=5,
                 levels=AdaptiveLevels(0.9),
                 metric="dense",
-                coordinates=Affine(seen.peaks[0], seen.factor),
+                coordinates=Affine(seen.peaks[0], factor),
             )
             return method, f"One peak was found, so walkers start around it, in coordinates fitted to it (d = {d})."
         if seen.relevant > 1 and not seen.unsettled:
@@ -268,6 +278,11 @@ class Auto(Method):
         peak was known, ascents from the scout's walkers look for others.
         """
         method, why = self.choose(target, seen)
+        # Where nothing bends, as in |x|, the unit of the coordinates is as good a first step as a curvature.
+        unit = (
+            {} if _bends(target, seen.found.x if seen.explored is None else seen.explored[:16]) else {"smoothness": 1.0}
+        )
+        method = replace(method, **unit)  # type: ignore[arg-type]
         if target.dim > _FITTED:
             return method, why, ()
         walkers, growth = max(512, 12 * target.dim), 1.0
@@ -285,7 +300,7 @@ class Auto(Method):
                 if seen.relevant > 1:
                     method, why = self.choose(target, seen)
                     growth = math.inf
-            method = replace(method, coordinates=coordinates)
+            method = replace(method, coordinates=coordinates, **unit)  # type: ignore[arg-type]
             if growth < 1.25 + noise:
                 return method, why, ()
         if growth < 2.0 or self.scouts == 0:
@@ -295,6 +310,12 @@ class Auto(Method):
             "fit before: the target may have tails, or peaks, beyond what was searched. Give coordinates (loc, scale)."
         )
         return method, why, (note,)
+
+
+def _bends(target: Target, x: Tensor) -> bool:
+    with contextlib.suppress(ValueError):
+        return smoothness(target, x) > 0
+    return False
 
 
 def _seed(generator: torch.Generator) -> int:
