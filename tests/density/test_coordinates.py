@@ -129,15 +129,28 @@ def test_no_curvature_at_all_is_an_error(value: float) -> None:
 # -- spread ------------------------------------------------------------------------------------------------------------
 
 
-def test_spread_is_the_weighted_covariance_shrunk_to_its_diagonal() -> None:
-    x, w = starts(40, 3) @ starts(3, 3, 2), torch.rand(40, generator=torch.Generator().manual_seed(3)).double()
+@pytest.mark.parametrize("n", [12, 60])
+def test_spread_is_the_weighted_covariance_shrunk_where_points_are_few(n: int) -> None:
+    x, w = starts(n, 3) @ starts(3, 3, 2), torch.rand(n, generator=torch.Generator().manual_seed(3)).double()
     w = w / w.sum()
     mean, factor = spread(x, w)
-    direct = torch.cov(x.T, aweights=w, correction=0)
     torch.testing.assert_close(mean, (w.unsqueeze(-1) * x).sum(0))
+    direct = torch.cov(x.T, aweights=w, correction=0)
     size = float(1 / w.square().sum())
-    shrunk = direct * size / (size + 3) + torch.diag(direct.diagonal()) * 3 / (size + 3)
-    torch.testing.assert_close(factor @ factor.T, shrunk, rtol=1e-8, atol=0)
+    keep = 1.0 if n == 60 else size / (size + 3)
+    shrunk = keep * direct + (1 - keep) * torch.diag(direct.diagonal())
+    torch.testing.assert_close(factor @ factor.T, shrunk, rtol=1e-8, atol=1e-8 * float(direct.diagonal().min()))
+
+
+def test_strong_correlations_survive() -> None:
+    """With n points the covariance, whitened, has eigenvalues within (1 +- sqrt(d / n))^2, whatever its condition."""
+    dim, n = 10, 512
+    _, precision = gaussian(dim, 1e6)
+    factor = factor_of(precision)
+    _, found = spread(starts(n, dim) @ factor.T)
+    whitened = torch.linalg.svdvals(torch.linalg.solve(factor, found))
+    assert float(whitened[0]) < 1 + 1.3 * math.sqrt(dim / n)
+    assert float(whitened[-1]) > 1 - 1.3 * math.sqrt(dim / n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])

@@ -96,9 +96,8 @@ def test_frames_whiten_the_walkers_they_were_fitted_to() -> None:
         z = frame.to_z(y)
         torch.testing.assert_close(w @ z, torch.zeros(3, dtype=torch.float64), atol=1e-6, rtol=0)
         second = (w.unsqueeze(-1) * z).T @ z
-        # Of a dense metric the covariance is shrunk towards its diagonal by d / n = 0.0015; the diagonal one is exact.
         found = second if metric == "dense" else second * torch.eye(3, dtype=torch.float64)
-        torch.testing.assert_close(found, torch.eye(3, dtype=torch.float64), atol=0.01, rtol=0)
+        torch.testing.assert_close(found, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
         torch.testing.assert_close(frame.to_y(z), y)
     assert fit_frame(y, log_w, "unit") is None
 
