@@ -174,6 +174,7 @@ def test_rounding_in_single_precision_is_not_randomness() -> None:
 
 
 def test_a_target_of_single_precision_only_can_be_sampled_in_it() -> None:
+    torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     target = Target(lambda x: net(x).squeeze(-1) + quadratic(x), 2)
     draws = anneal(target, n=64, repeats=2, moves=2, dtype=torch.float32)
