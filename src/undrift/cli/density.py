@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 import undrift.density.targets  # noqa: F401  a family is what is in memory
+from undrift._memory import keep_memory
 from undrift.cli.common import Clock, begin, finish
 from undrift.config import ConfigError
 from undrift.density import Affine, Auto, Method, Target
@@ -89,6 +90,7 @@ class DensityRun:
 
     def execute(self, command: Sequence[str]) -> int:
         clock, out = Clock(), Path(self.out)
+        keep_memory()
         target, method, device = self.open_target(), self.in_coordinates(), self.open_device()
         self._begin(out)
         draws = method.run(

@@ -23,6 +23,7 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from undrift.density.coordinates import Coordinates, coordinates_of
 from undrift.density.draws import Draws
@@ -168,7 +169,7 @@ class Annealing(Method):
             seen = target if self.coordinates is None else self.coordinates.choose(target, generator, dtype)
             probe = self.path.start.sample(64, target.dim, generator, dtype)
             seen.check(probe)
-            curved = self.smoothness or smoothness(seen, probe)
+            curved = self.smoothness or self._curvature(seen, probe)
         else:
             tensors, plain = resumed
             seen = target.affine(tensors["loc"], tensors["scale"]) if "loc" in tensors else target
@@ -218,6 +219,15 @@ class Annealing(Method):
             levels=tuple(result.rows),
             seconds=time.perf_counter() - began,
         )
+
+    def _curvature(self, target: Target, probe: Tensor) -> float:
+        """L, found at the start; where a step is adapted it is a first guess only, and flat pieces do no harm."""
+        try:
+            return smoothness(target, probe)
+        except ValueError:
+            if not isinstance(self.rule, Adapted):
+                raise
+            return self.path.start.std**-2
 
     def in_words(self) -> str:
         """One line for reports."""

@@ -111,7 +111,7 @@ class Engine:
             self._enter_first()
         else:
             self._restore(*resumed)
-        out = self.out
+        out, self.undefined = self.out, self.target.evaluations.undefined
         with tqdm(total=1.0, initial=self.u, disable=not self.progress, desc=phase, bar_format=_BAR) as bar:
             try:
                 while True:
@@ -289,11 +289,13 @@ class Engine:
     def _finite(self, y: Tensor) -> None:
         far = torch.finfo(y.dtype).max ** 0.45  # squares overflow beyond: densities are 0 there, and walkers stay
         bad = int((~(y.abs() < far).all(-1)).sum())
-        if bad:
+        # No Metropolis step refuses the points where the target had no number to give.
+        unseen = 0 if self.m.move.exact else self.target.evaluations.undefined - self.undefined
+        if bad or unseen:
             raise FloatingPointError(
-                f"{self.target.name}: {bad} of {len(y)} walkers left the numbers at u = {self.u:.4g}: unadjusted steps "
-                f"of about {self._mean_step:.3g} are unstable there. Take a shorter step (relative), give smoothness, "
-                "or an exact move (MALA, HMC)."
+                f"{self.target.name}: {bad or min(unseen, len(y))} of {len(y)} walkers left the numbers at "
+                f"u = {self.u:.4g}: unadjusted steps of about {self._mean_step:.3g} are unstable "
+                "there. Take a shorter step (relative), give smoothness, or an exact move (MALA, HMC)."
             )
 
     # -- the record ----------------------------------------------------------------------------------------------------
@@ -312,6 +314,8 @@ class Engine:
 
     def _close_level(self) -> None:
         out, level, m = self.out, self.m.path.level(self.u), self.m
+        if not m.move.exact:
+            self._finite(out.state.y)
         out.settings.append(Setting(self.u, self.relative, self.frame))
         self._look_through(None)
         ess = float(effective_sample_size(out.log_w).mean()) / out.log_w.shape[-1] if m.weighted else None

@@ -51,14 +51,18 @@ class Modes(NamedTuple):
 def _sum(exponents: Tensor) -> tuple[Tensor, Tensor]:
     """log of the sum of exponentials over the last axis, and each one's share of it.
 
-    Terms under e^-200 of the largest count as e^-200: they do not change the sum, and numbers close to the smallest
-    ones a processor knows would make it ten times slower.
+    Without a graph, ``exponents`` is used up. Terms under e^-200 of the largest count as e^-200: they do not change the
+    sum, and numbers close to the smallest ones a processor knows would make it ten times slower.
     """
     top = exponents.detach().amax(-1, keepdim=True)
     floor = -200 if exponents.dtype == torch.float64 else -80
-    terms = (exponents - top).clamp(min=floor).exp()
+    if exponents.requires_grad:
+        terms = (exponents - top).clamp(min=floor).exp()
+        total = terms.sum(-1, keepdim=True)
+        return (top + total.log()).squeeze(-1), terms / total
+    terms = exponents.sub_(top).clamp_(min=floor).exp_()  # a new array for each step would cost more than the step
     total = terms.sum(-1, keepdim=True)
-    return (top + total.log()).squeeze(-1), terms / total
+    return top.add_(total.log()).squeeze(-1), terms.div_(total)
 
 
 class _Mixture(Target):

@@ -81,22 +81,16 @@ class LogisticRegression(Target):
         v = self._prior_variance
         return -0.5 * (w.square().sum(-1) / v + self.dim * math.log(2 * math.pi * v))
 
-    def _value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log gamma (n,), the margins m (n, N), and e^-|m|."""
-        margin = x @ self._constants.on(x)["signed"].T
-        size = margin.abs()
-        small = (-size).exp()
-        # log sigmoid(m) = min(m, 0) - log(1 + e^-|m|), and min(m, 0) so written has the right derivative at 0 as well.
-        likelihood = 0.5 * (margin - size) - small.log1p()
-        return self._log_prior(x) + likelihood.sum(-1), margin, small
-
     def _log_density(self, x: Tensor) -> Tensor:
-        return self._value(x)[0]
+        margin = x @ self._constants.on(x)["signed"].T
+        return self._log_prior(x) + torch.nn.functional.logsigmoid(margin).sum(-1)
 
     def _gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        value, margin, small = self._value(x)
-        slope = torch.where(margin < 0, 1.0, small) / (1 + small)
-        return value, slope @ self._constants.on(x)["signed"] - x / self._prior_variance
+        signed = self._constants.on(x)["signed"]
+        margin = x @ signed.T
+        value = self._log_prior(x) + torch.nn.functional.logsigmoid(margin).sum(-1)
+        slope = margin.neg_().sigmoid_()  # in place: (n, N) is the largest array of a step
+        return value, slope @ signed - x / self._prior_variance
 
     def reference(self) -> Mapping[str, Reference]:
         """Means and deviations of published reference draws, by label; empty where there are none."""
