@@ -1,5 +1,6 @@
 """Sampling a density that can only be evaluated: targets, paths, moves, one annealing loop, and honest draws."""
 
+from undrift.density.affine import AffineTarget
 from undrift.density.anneal import (
     AIS,
     MCMC,
@@ -23,7 +24,7 @@ from undrift.density.path import Dilation, Direct, Geometric, Path, TemperedDila
 from undrift.density.reverse_diffusion import ReverseDiffusion, matched_prior
 from undrift.density.schedule import AdaptiveLevels, FixedLevels, Levels, Resampling
 from undrift.density.step import Adapted, FixedStep, ScoreNorm, SignalToNoise, Smoothness, StepRule
-from undrift.density.target import AffineTarget, Evaluations, Point, Target, TargetError
+from undrift.density.target import Evaluations, Point, Target, TargetError
 from undrift.density.tempering import ParallelTempering
 from undrift.density.trust import verdict, warnings
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from undrift.density.affine import AffineTarget
 from undrift.density.law import positive
-from undrift.density.target import AffineTarget, Target, TargetError
+from undrift.density.target import Target, TargetError
 
 __all__ = ["Affine", "Coordinates", "Laplace", "Modes", "ascend", "coordinates_of", "curvature", "factor_of", "spread"]
 

@@ -19,16 +19,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, MixtureSameFamily
 from torch.distributions.transforms import Transform
 
+from undrift.density import faults
+from undrift.density.faults import TargetError
 from undrift.density.parameters import Parameters
 
-__all__ = ["AffineTarget", "Evaluations", "Point", "Target", "TargetError"]
+if TYPE_CHECKING:
+    from undrift.density.affine import AffineTarget
+
+__all__ = ["Evaluations", "Point", "Target", "TargetError"]
 
 
 @contextmanager
@@ -40,10 +45,6 @@ def _unvalidated() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
-
-
-class TargetError(ValueError):
-    """A target that cannot be sampled as it is; the message says what was seen, what was expected and what to do."""
 
 
 @dataclass
@@ -362,77 +363,7 @@ class Target:
         Raises:
             TargetError: naming the fault, the point, and what to do.
         """
-        self._check_points(x)
-        self.evaluations.values += len(x)
-        # torch.distributions, where they are used, check their arguments here, and only here
-        first = self._checked(x, self._log_density(x))
-        value, score = self.log_prob_and_score(x)
-        bad = torch.isnan(value) | (value == math.inf)
-        if bool(bad.any()):
-            i = int(bad.nonzero()[0])
-            raise TargetError(
-                f"{self.name}: log_prob is {float(value[i])} at {self._show(x[i])}, and at {int(bad.sum())} of "
-                f"{len(x)} points. It must be finite, or -inf outside the support; look for logs of "
-                "negative numbers, 0/0 and overflow, or use constrained parameters."
-            )
-        inside = torch.isfinite(value)
-        if not bool(inside.any()):
-            raise TargetError(
-                f"{self.name}: log_prob is -inf at all {len(x)} points tried, such as {self._show(x[0])}. Give a start "
-                "inside the support (loc= and scale= of an affine map), or use constrained parameters."
-            )
-        broken = inside & ~torch.isfinite(score).all(-1)
-        if bool(broken.any()):
-            i = int(broken.nonzero()[0])
-            raise TargetError(
-                f"{self.name}: log_prob is {float(value[i]):.6g} at {self._show(x[i])} but its gradient is not finite. "
-                "Look for torch.where around an invalid branch, sqrt or norm at 0."
-            )
-        tolerance = max(1e-8, 1e3 * torch.finfo(value.dtype).eps)
-        if not torch.allclose(first[inside], value[inside], rtol=tolerance, atol=tolerance):
-            raise TargetError(
-                f"{self.name}: two calls at the same points gave different values (by up to "
-                f"{float((first - value)[inside].abs().max()):.3g}). A target must be a function; fix its randomness."
-            )
-        alone = torch.cat([self.log_prob(x[i : i + 1]) for i in range(min(2, len(x)))])
-        expected = value[: len(alone)]
-        fine = torch.isfinite(expected)
-        gap = (alone - expected)[fine].abs()
-        if not bool((gap <= tolerance * (1 + expected[fine].abs())).all()):  # NaN, too, is a fault
-            raise TargetError(
-                f"{self.name}: the log density of a point changes by {float(gap.max()):.3g} with the other points of "
-                "its batch. It must treat points one by one: reduce over the last axis only, and mind broadcasting."
-            )
-        if gradient:
-            self._check_gradient(x[inside], score[inside], torch.float32 in (x.dtype, value.dtype))
-
-    def _check_gradient(self, x: Tensor, score: Tensor, single: bool) -> None:
-        x, score = x[:8], score[:8]
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        direction /= direction.norm(dim=-1, keepdim=True)
-        slope = (score.double() * direction).sum(-1)
-        rounding, step, factors = (1e-5, 1e-2, (1.0, 0.1)) if single else (1e-13, 1e-5, (1.0, 1e-2))
-        reach = step * (1 + x.norm(dim=-1, keepdim=True))
-        best = torch.full_like(slope, math.inf)
-        worth = torch.zeros_like(slope)
-        for factor in factors:  # a step that suits the target's scale is not known
-            h = factor * reach
-            ends = self.log_prob(torch.cat([x + h * direction, x - h * direction]))
-            up, down = ends.double().chunk(2)
-            found = (up - down) / (2 * h.squeeze(-1).double())
-            noise = rounding * (up.abs() + down.abs()) / h.squeeze(-1)
-            miss = ((found - slope).abs() - noise).clamp(min=0) / (slope.abs() + found.abs()).clamp(min=1e-3)
-            better = torch.isfinite(miss) & (miss < best)
-            best, worth = torch.where(better, miss, best), torch.where(better, found, worth)
-        wrong = torch.isfinite(best) & (best > 1e-3)
-        if bool(wrong.double().mean() > 0.5):  # kinks may spoil some points, not most
-            i = int(best.argmax())
-            raise TargetError(
-                f"{self.name}: the score is not the gradient of log_prob. Along a random direction at "
-                f"{self._show(x[i])} the score says {float(slope[i]):.6g}, differences of log_prob say "
-                f"{float(worth[i]):.6g}. Correct score=, or leave it out and let autograd find it."
-            )
+        faults.check(self, x, gradient)
 
     def _show(self, x: Tensor) -> str:
         head = ", ".join(f"{v:.4g}" for v in x[:4].tolist())
@@ -442,6 +373,8 @@ class Target:
 
     def affine(self, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> AffineTarget:
         """The same density in coordinates z, x = loc + scale z; see :class:`AffineTarget`."""
+        from undrift.density.affine import AffineTarget  # which is a target
+
         return AffineTarget(self, loc, scale)
 
     def __repr__(self) -> str:
@@ -449,84 +382,6 @@ class Target:
             fields = ", ".join(f"{k}={getattr(self, k)!r}" for k in inspect.signature(type(self)).parameters)
             return f"{type(self).__name__}({fields})"
         return f"Target({self.name}, dim={self.dim})"
-
-
-class AffineTarget(Target):
-    r"""A target seen in coordinates z with :math:`x = m + A z`: density :math:`\gamma(m + A z) |\det A|`, same Z.
-
-    It shares the counter of the target it shows.
-
-    Args:
-        inner: the target.
-        loc: m, a number or (d,).
-        scale: A, a positive number, positive (d,), or an invertible matrix (d, d), such as a Cholesky factor.
-    """
-
-    def __init__(self, inner: Target, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> None:
-        d = inner.dim
-        m = torch.as_tensor(loc, dtype=torch.float64)
-        a = torch.as_tensor(scale, dtype=torch.float64)
-        if m.shape not in ((), (d,)):
-            raise TargetError(f"affine: loc must be a number or have shape ({d},), got {tuple(m.shape)}.")
-        if a.shape not in ((), (d,), (d, d)):
-            raise TargetError(
-                f"affine: scale must be a number, or have shape ({d},) or ({d}, {d}), got {tuple(a.shape)}."
-            )
-        if not bool(torch.isfinite(m).all() and torch.isfinite(a).all()):
-            raise TargetError("affine: loc and scale must be finite.")
-        if a.ndim < 2 and not bool((a > 0).all()):
-            raise TargetError(f"affine: scale must be positive, its smallest entry is {float(a.min()):.3g}.")
-        if a.ndim == 2:
-            log_det = float(torch.linalg.slogdet(a).logabsdet)
-            if not math.isfinite(log_det):
-                raise TargetError("affine: the matrix scale is singular; give a factor of a full covariance.")
-        else:
-            log_det = float(a.expand(d).log().sum())
-        self.inner, self.dim, self.loc, self.scale, self.log_det = inner, d, m.expand(d), a, log_det
-        self.log_z, self.parameters, self._name = inner.log_z, inner.parameters, inner.name
-        self._placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self.exact = inner.exact
-
-    @cached_property
-    def evaluations(self) -> Evaluations:
-        return self.inner.evaluations
-
-    def _on(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        key = (x.device, x.dtype)
-        if key not in self._placed:
-            self._placed[key] = self.loc.to(x), self.scale.to(x)
-        return self._placed[key]
-
-    def to_x(self, z: Tensor) -> Tensor:
-        """x = m + A z, (n, d)."""
-        self._check_points(z)
-        m, a = self._on(z)
-        return m + (z @ a.mT if a.ndim == 2 else a * z)
-
-    def to_z(self, x: Tensor) -> Tensor:
-        """z = A^-1 (x - m), (n, d)."""
-        m, a = self._on(x)
-        return torch.linalg.solve(a, (x - m).mT).mT if a.ndim == 2 else (x - m) / a
-
-    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.to_z(self.inner.sample(n, generator))
-
-    def _log_density(self, x: Tensor) -> Tensor:
-        return self.inner._log_density(self.to_x(x)) + self.log_det
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.inner.log_prob(self.to_x(x)) + self.log_det
-
-    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        value, score = self.inner.log_prob_and_score(self.to_x(x))
-        _, a = self._on(score)
-        return value + self.log_det, score @ a if a.ndim == 2 else score * a
-
-    def constrain(self, x: Tensor) -> dict[str, Tensor]:
-        return self.inner.constrain(self.to_x(x))
-
-    def _show(self, x: Tensor) -> str:
-        return self.inner._show(self.to_x(x.unsqueeze(0))[0])
 
 
 def _in_double(part: Any, device: torch.device) -> Any:
