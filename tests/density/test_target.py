@@ -121,7 +121,7 @@ def test_faults_are_found_before_any_walking(name: str, how: str) -> None:
     target = build()
     with pytest.raises(TargetError, match=says):
         RUNS[how](target)
-    assert target.evaluations.total <= 64 * 3  # the probe, not the walkers
+    assert target.evaluations.total <= 64 * 4  # the probe, not the walkers
 
 
 def test_a_fault_in_coordinates_is_shown_where_the_user_knows_it() -> None:

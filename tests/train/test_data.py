@@ -159,7 +159,7 @@ def text(p, name):
         (lambda p: (text(p, "x.png"), ImageFolder(str(p), 8))[1], "x.png is not a readable image"),
         (lambda p: Digits("validation"), "split must be 'train', 'test' or 'all', got 'validation'"),
         (lambda p: Ring(modes=0), "modes must be at least 1, got 0"),
-        (lambda p: build({"type": "Digit"}, DataSource, "data"), r"data.type: unknown 'Digit' \(did you mean 'Digits'"),
+        (lambda p: build({"type": "Digts"}, DataSource, "data"), r"data.type: unknown 'Digts' \(did you mean 'Digits'"),
     ],
 )
 def test_bad_data_is_named(tmp_path, make, message):
