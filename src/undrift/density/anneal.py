@@ -17,25 +17,24 @@ References:
 
 from __future__ import annotations
 
-import time
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from undrift.density.coordinates import Coordinates, coordinates_of
+from undrift.density.coordinates import Coordinates
 from undrift.density.draws import Draws
 from undrift.density.engine import Engine, largest_relative_step, unpack_frozen
 from undrift.density.frame import Metric
-from undrift.density.journal import Journal, fingerprint
-from undrift.density.method import Method, check_run
+from undrift.density.method import Method
 from undrift.density.move import HMC, MALA, ULA, Move
 from undrift.density.path import Dilation, Direct, Geometric, Path
 from undrift.density.schedule import AdaptiveLevels, FixedLevels, Levels, Resampling
+from undrift.density.session import Session
 from undrift.density.step import Adapted, ScoreNorm, Smoothness, StepRule, smoothness
-from undrift.density.target import Evaluations, Target
+from undrift.density.target import Target
 from undrift.measure.evidence import log_mean_exp
 
 __all__ = [
@@ -145,79 +144,42 @@ class Annealing(Method):
         """Whether the run finds levels or step sizes on its way."""
         return self.levels.adaptive or (isinstance(self.rule, Adapted) and self.moves > 0)
 
-    def run(
-        self,
-        target: Target,
-        n: int = 4096,
-        seed: int = 0,
-        *,
-        repeats: int = 8,
-        checkpoint: str | File | None = None,
-        progress: bool = False,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
-    ) -> Draws:
-        check_run(n, repeats)
-        began, before = time.perf_counter(), target.evaluations.copy()
-        generator = torch.Generator(device).manual_seed(seed)
-        settings = {"n": n, "seed": seed, "repeats": repeats, "dtype": dtype}
-        identity = "" if checkpoint is None else fingerprint(target, method=self, **settings)
-        journal = Journal(checkpoint, identity)
-        resumed = journal.read()
-        walkers = -(-n // (repeats * self.keep))
+    def draw(self, session: Session) -> Draws:
+        walkers = -(-session.n // (session.repeats * self.keep))
+        resumed, seen = session.resumed, session.see(self.coordinates)
         if resumed is None:
-            seen = target if self.coordinates is None else self.coordinates.choose(target, generator, dtype)
-            probe = self.path.start.sample(64, target.dim, generator, dtype)
+            probe = self.path.start.sample(64, seen.dim, session.generator, session.dtype)
             seen.check(probe)
             curved = self.smoothness or self._curvature(seen, probe)
         else:
-            tensors, plain = resumed
-            seen = target.affine(tensors["loc"], tensors["scale"]) if "loc" in tensors else target
-            curved = plain["smoothness"]
-            before = before - Evaluations(*plain["evaluations"])
-            began -= plain["seconds"]
-            generator.set_state(tensors["generator"])
-
-        def about() -> dict[str, Any]:
-            spent = target.evaluations - before
-            return {
-                "smoothness": curved,
-                "evaluations": astuple(spent),
-                "seconds": time.perf_counter() - began,
-            }
-
-        chosen = coordinates_of(seen, target)
-        fixed = {} if chosen is None else {"loc": chosen.loc, "scale": chosen.scale}
-        engine = Engine(self, seen, curved, generator, dtype, journal, fixed, about, progress)
+            curved = resumed[1]["smoothness"]
+        engine = Engine(self, session, curved)
         frozen = None
         if self.pilot and self.adapts and self.weighted and (resumed is None or resumed[1]["phase"] == "pilot"):
-            size = min(walkers * repeats, max(walkers, _PILOT))
+            size = min(walkers * session.repeats, max(walkers, _PILOT))
             frozen = engine.sweep("pilot", 1, size, None, resumed).settings
             resumed = None
         elif resumed is not None:
             frozen = unpack_frozen(*resumed)
-        result = engine.sweep("run", repeats, walkers, frozen, resumed)
-        journal.close()
-        kept = torch.stack(result.kept, 1).flatten(0, 1)
-        x = kept if chosen is None else chosen.to_x(kept)
+        result = engine.sweep("run", session.repeats, walkers, frozen, resumed)
+        session.journal.close()
         relative = None
         if not self.move.exact:
             relative = largest_relative_step(result.rows, seen, result.state.y, curved, self.smoothness is not None)
         weights = result.log_z.unsqueeze(-1) + result.log_w if self.weighted else None
         promise = None if weights is None else "consistent" if self.adapts and frozen is None else "unbiased"
+        states = torch.stack(result.kept, 1).reshape(session.repeats, walkers, self.keep, seen.dim)
         return Draws(
-            target=target,
-            states=x.reshape(repeats, walkers, self.keep, target.dim),
+            target=session.target,
+            states=session.own(states),
             walker_log_weights=weights,
             corrected=self.move.exact or self.weighted,
             repeat_log_z=None if weights is None else log_mean_exp(weights),
             promise=promise,  # type: ignore[arg-type]
             method=self.in_words(),
-            evaluations=target.evaluations - before,
             acceptance=result.rows[-1]["acceptance"],
             relative_step=relative,
             levels=tuple(result.rows),
-            seconds=time.perf_counter() - began,
         )
 
     def _curvature(self, target: Target, probe: Tensor) -> float:

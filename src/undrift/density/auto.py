@@ -16,7 +16,6 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path as File
 
 import torch
 from torch import Tensor
@@ -25,10 +24,11 @@ from undrift.density.anneal import SMC, DilationLangevin
 from undrift.density.coordinates import Affine, Coordinates, Modes, ascend, curvature, factor_of, spread
 from undrift.density.draws import Draws
 from undrift.density.law import Base, Normal, StudentT
-from undrift.density.method import Method, check_run
+from undrift.density.method import Method
 from undrift.density.move import HMC, MALA
 from undrift.density.path import Dilation, Geometric
 from undrift.density.schedule import AdaptiveLevels, FixedLevels
+from undrift.density.session import Session
 from undrift.density.step import smoothness
 from undrift.density.target import Target
 from undrift.density.tempering import ParallelTempering
@@ -166,23 +166,13 @@ class Auto(Method):
             if getattr(self, name) < least:
                 raise ValueError(f"Auto: {name} must be at least {least}, got {getattr(self, name)}.")
 
-    def run(
-        self,
-        target: Target,
-        n: int = 4096,
-        seed: int = 0,
-        *,
-        repeats: int = 8,
-        checkpoint: str | File | None = None,
-        progress: bool = False,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
-    ) -> Draws:
-        check_run(n, repeats)
-        began, before = time.perf_counter(), target.evaluations.copy()
-        generator = torch.Generator(device).manual_seed(seed)
-        view = target.affine() if self.coordinates is None else self.coordinates.choose(target, generator, dtype)
-        view.check(torch.empty(16, target.dim, dtype=torch.float64, device=device).normal_(generator=generator))
+    def draw(self, session: Session) -> Draws:
+        target, generator = session.target, session.generator
+        view = (
+            target.affine() if self.coordinates is None else self.coordinates.choose(target, generator, session.dtype)
+        )
+        probe = torch.empty(16, target.dim, dtype=torch.float64, device=generator.device)
+        view.check(probe.normal_(generator=generator))
         seen = survey(view, generator, walkers=self.walkers, levels=self.levels, ascents=self.ascents)
         for attempt in ("", ".again"):
             scout, why, fitted = self.fit(view, seen, generator)
@@ -194,17 +184,17 @@ class Auto(Method):
             started, asked = time.perf_counter(), target.evaluations.copy()
             draws = method.run(
                 view,
-                n,
-                _seed(generator) if attempt else seed,  # not the numbers that told where to look
-                repeats=repeats,
-                checkpoint=None if checkpoint is None else f"{checkpoint}{attempt}",
-                progress=progress,
-                dtype=dtype,
-                device=device,
+                session.n,
+                _seed(generator),  # not the numbers that told where to look
+                repeats=session.repeats,
+                checkpoint=None if session.checkpoint is None else f"{session.checkpoint}{attempt}",
+                progress=session.progress,
+                dtype=session.dtype,
+                device=generator.device,
             )
-            # What a run that was interrupted had spent counts as well.
-            began -= draws.seconds - (time.perf_counter() - started)
-            before = before - (draws.evaluations - (target.evaluations - asked))
+            # What the run had spent before an interruption counts as well.
+            now = target.evaluations - asked
+            session.charge(draws.evaluations - now, draws.seconds - (time.perf_counter() - started))
             if seen.unsettled or seen.relevant > 1 or attempt or view.dim > _FITTED:
                 break
             more = self.look_again(view, seen, draws, generator)
@@ -217,9 +207,7 @@ class Auto(Method):
             states=view.to_x(draws.states.flatten(0, 2)).reshape(draws.states.shape),
             method=f"auto, {draws.method}",
             reason=why,
-            evaluations=target.evaluations - before,
             notes=(*draws.notes, *fitted),
-            seconds=time.perf_counter() - began,
         )
 
     def choose(self, target: Target, seen: Survey) -> tuple[SMC, str]:

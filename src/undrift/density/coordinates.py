@@ -21,7 +21,7 @@ from undrift.density.affine import AffineTarget
 from undrift.density.law import positive
 from undrift.density.target import Target, TargetError
 
-__all__ = ["Affine", "Coordinates", "Laplace", "Modes", "ascend", "coordinates_of", "curvature", "factor_of", "spread"]
+__all__ = ["Affine", "Coordinates", "Laplace", "Modes", "ascend", "curvature", "factor_of", "spread"]
 
 
 class Coordinates(ABC):
@@ -88,11 +88,6 @@ class Modes:
     x: Tensor
     log_prob: Tensor
     flat: Tensor
-
-
-def coordinates_of(seen: Target, target: Target) -> AffineTarget | None:
-    """The coordinates that a run chose for a target; None if it sees the target as it is (affine or not)."""
-    return seen if seen is not target and isinstance(seen, AffineTarget) else None
 
 
 def ascend(target: Target, x: Tensor, steps: int = 200) -> Modes:

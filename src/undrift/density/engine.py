@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift.density.frame import Frame, FramedDensity, fit_frame
-from undrift.density.journal import Journal
 from undrift.density.level import LevelDensity
 from undrift.density.move import Size, State
 from undrift.density.schedule import FixedLevels, conditional_ess
+from undrift.density.session import Session
 from undrift.density.step import Adapted, smoothness
 from undrift.density.target import Point, Target
 from undrift.measure.evidence import effective_sample_size, log_mean_exp
@@ -55,30 +55,13 @@ class Engine:
 
     Args:
         method: its settings.
-        target: in the coordinates chosen.
+        session: target, randomness and journal.
         curved: L of the target.
-        generator: all randomness.
-        dtype: of the walkers.
-        journal: where the state is kept.
-        fixed: tensors, and
-        about: facts, that the journal keeps beside the state.
-        progress: show a bar.
     """
 
-    def __init__(
-        self,
-        method: Annealing,
-        target: Target,
-        curved: float,
-        generator: torch.Generator,
-        dtype: torch.dtype,
-        journal: Journal,
-        fixed: Mapping[str, Tensor],
-        about: Callable[[], dict[str, Any]],
-        progress: bool,
-    ) -> None:
-        self.m, self.target, self.curved, self.generator = method, target, curved, generator
-        self.dtype, self.journal, self.fixed, self.about, self.progress = dtype, journal, fixed, about, progress
+    def __init__(self, method: Annealing, session: Session, curved: float) -> None:
+        self.m, self.session, self.target, self.curved = method, session, session.seen, curved
+        self.generator, self.dtype, self.journal = session.generator, session.dtype, session.journal
         self._safe: Entry | None = None
 
     def sweep(
@@ -112,7 +95,7 @@ class Engine:
         else:
             self._restore(*resumed)
         out, self.undefined = self.out, self.target.evaluations.undefined
-        with tqdm(total=1.0, initial=self.u, disable=not self.progress, desc=phase, bar_format=_BAR) as bar:
+        with tqdm(total=1.0, initial=self.u, disable=not self.session.progress, desc=phase, bar_format=_BAR) as bar:
             try:
                 while True:
                     last = self.u >= 1.0
@@ -357,7 +340,7 @@ class Engine:
     def _snapshot(self) -> Entry:
         """The state as it is now, to be written later: lists grow in place and are copied, tensors never change."""
         out, state, kept = self.out, self.out.state, list(self.out.kept)
-        tensors = {**self.fixed, "y": state.y, "log_w": out.log_w, "log_z": out.log_z}
+        tensors = {**self.session.kept, "y": state.y, "log_w": out.log_w, "log_z": out.log_z}
         tensors["generator"] = self.generator.get_state()
         if state.point is not None:
             tensors |= {"value": state.point.log_prob, "score": state.point.score}
@@ -383,7 +366,7 @@ class Engine:
             _pack(now, "now", full)
             own = _pack(settings, "own", full)
             fixed = None if frozen is None else _pack(frozen, "frozen", full)
-            return full, {**self.about(), **plain, "settings": own, "frozen": fixed}
+            return full, {**self.session.costs(), "smoothness": self.curved, **plain, "settings": own, "frozen": fixed}
 
         return entry
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from undrift.density.draws import Draws
+from undrift.density.session import Session
 from undrift.density.target import Target
 
 __all__ = ["Method"]
@@ -17,6 +19,9 @@ class Method(ABC):
     """A sampler of densities, with all its settings."""
 
     @abstractmethod
+    def draw(self, session: Session) -> Draws:
+        """Draw what a session asks for; costs are filled in by :meth:`run`."""
+
     def run(
         self,
         target: Target,
@@ -46,11 +51,6 @@ class Method(ABC):
             ValueError: for settings that do not fit.
             FloatingPointError: if the walkers leave the numbers.
         """
-
-
-def check_run(n: int, repeats: int) -> None:
-    """Raise ValueError unless n draws can be split into repeats."""
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}.")
-    if n < repeats:
-        raise ValueError(f"n must be at least one draw a repeat, {repeats}, got {n}.")
+        session = Session(self, target, n, seed, repeats, checkpoint, progress, dtype, device)
+        draws = self.draw(session)
+        return replace(draws, evaluations=session.evaluations, seconds=session.seconds)

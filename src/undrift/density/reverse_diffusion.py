@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from dataclasses import astuple, dataclass, field
-from pathlib import Path as File
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift._linalg import sqrt_sum
-from undrift.density.coordinates import Coordinates, coordinates_of
+from undrift.density.coordinates import Coordinates
 from undrift.density.draws import Draws
-from undrift.density.journal import Journal, fingerprint
 from undrift.density.law import Normal
-from undrift.density.method import Method, check_run
+from undrift.density.method import Method
 from undrift.density.monte_carlo import MonteCarloDenoiser, check_settings
-from undrift.density.target import Evaluations, Target
+from undrift.density.session import Session
+from undrift.density.target import Target
 from undrift.diffusion import Diffusion
 from undrift.process.catalog import VP
 from undrift.process.linear import LinearProcess, mix
@@ -109,88 +107,56 @@ class ReverseDiffusion(Method):
         """One line for reports."""
         return f"reverse diffusion ({type(self.process).__name__}, {type(self.sampler).__name__})"
 
-    def run(
-        self,
-        target: Target,
-        n: int = 4096,
-        seed: int = 0,
-        *,
-        repeats: int = 8,
-        checkpoint: str | File | None = None,
-        progress: bool = False,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
-    ) -> Draws:
-        check_run(n, repeats)
-        began, before = time.perf_counter(), target.evaluations.copy()
-        generator = torch.Generator(device).manual_seed(seed)
+    def draw(self, session: Session) -> Draws:
         process = matched_prior(self.process, self.scale)
         assert isinstance(self.sampler, TableSampler)
         plan = self.sampler.plan(process)
-        walkers = -(-n // repeats)
-        settings = {"n": n, "seed": seed, "repeats": repeats, "dtype": dtype}
-        identity = "" if checkpoint is None else fingerprint(target, method=self, **settings)
-        journal = Journal(checkpoint, identity)
-        resumed = journal.read()
+        repeats, walkers, generator = session.repeats, -(-session.n // session.repeats), session.generator
+        resumed, seen = session.resumed, session.see(self.coordinates)
         done: list[Tensor] = []
         worst = math.inf
         if resumed is None:
-            seen = target if self.coordinates is None else self.coordinates.choose(target, generator, dtype)
-            seen.check(Normal(self.scale).sample(64, target.dim, generator, dtype))
-            noise = self._starts(plan, seen, repeats, walkers, generator, dtype)
+            seen.check(Normal(self.scale).sample(64, seen.dim, generator, session.dtype))
+            noise = self._starts(plan, seen, repeats, walkers, generator, session.dtype)
         else:
             tensors, plain = resumed
-            seen = target.affine(tensors["loc"], tensors["scale"]) if "loc" in tensors else target
-            before = before - Evaluations(*plain["evaluations"])
-            began -= plain["seconds"]
-            generator.set_state(tensors["generator"])
-            noise, worst = tensors["noise"].to(device), math.inf if plain["ess"] is None else plain["ess"]
-            done = [tensors["x"].to(device)]
-        chosen = coordinates_of(seen, target)
-        fixed = {} if chosen is None else {"loc": chosen.loc, "scale": chosen.scale}
+            noise = tensors["noise"].to(generator.device)
+            worst = math.inf if plain["ess"] is None else plain["ess"]
+            done = [tensors["x"].to(generator.device)]
 
         def entry() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            spent = target.evaluations - before
             x = torch.cat(done) if done else noise[:0, 0]
-            tensors = {**fixed, "noise": noise, "x": x, "generator": mark}
-            return tensors, {
-                "evaluations": astuple(spent),
-                "seconds": time.perf_counter() - began,
-                "ess": worst if math.isfinite(worst) else None,
-            }
+            tensors = {**session.kept, "noise": noise, "x": x, "generator": mark}
+            return tensors, {**session.costs(), "ess": worst if math.isfinite(worst) else None}
 
         first, mark = sum(map(len, done)), generator.get_state()
         batches = -(-len(noise) // self.batch)
         with tqdm(
             total=plan.calls * batches,
             initial=plan.calls * (first // self.batch),
-            disable=not progress,
+            disable=not session.progress,
             desc="reverse diffusion",
             unit="call",
         ) as bar:
             try:
                 for i in range(first, len(noise), self.batch):
                     mark = generator.get_state()
-                    journal.write(entry)
+                    session.journal.write(entry)
                     denoiser = _Watched(self._denoiser(seen, generator))
                     part = noise[i : i + self.batch]
                     done.append(run_plan(Diffusion(process, denoiser), plan, part, generator, False, bar).x)
                     worst = min(worst, denoiser.worst)
             except KeyboardInterrupt:
-                journal.write(entry, force=True)
+                session.journal.write(entry, force=True)
                 raise
-        journal.close()
-        x = torch.cat(done)
-        x = x if chosen is None else chosen.to_x(x)
+        session.journal.close()
         return Draws(
-            target=target,
-            states=x.reshape(repeats, walkers, 1, target.dim),
+            target=session.target,
+            states=session.own(torch.cat(done)).reshape(repeats, walkers, 1, seen.dim),
             walker_log_weights=None,
             corrected=False,
             method=self.in_words(),
-            evaluations=target.evaluations - before,
             notes=self._notes(worst, plan),
-            seconds=time.perf_counter() - began,
         )
 
     def _denoiser(self, target: Target, generator: torch.Generator) -> MonteCarloDenoiser:

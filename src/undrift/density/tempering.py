@@ -29,23 +29,21 @@ References:
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import astuple, dataclass, field
-from pathlib import Path as File
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from undrift.density.coordinates import Coordinates, coordinates_of
+from undrift.density.coordinates import Coordinates
 from undrift.density.draws import Draws
-from undrift.density.journal import Journal, fingerprint
 from undrift.density.level import LevelDensity, times
-from undrift.density.method import Method, check_run
+from undrift.density.method import Method
 from undrift.density.move import MALA, Move, State
 from undrift.density.path import Geometric, Path
-from undrift.density.target import Evaluations, Point, Target, TargetError
+from undrift.density.session import Session
+from undrift.density.target import Point, Target, TargetError
 
 __all__ = ["ParallelTempering"]
 
@@ -123,67 +121,37 @@ class ParallelTempering(Method):
         """One line for reports."""
         return f"parallel tempering ({type(self.path).__name__} path, {self.levels} levels, {type(self.move).__name__})"
 
-    def run(
-        self,
-        target: Target,
-        n: int = 4096,
-        seed: int = 0,
-        *,
-        repeats: int = 8,
-        checkpoint: str | File | None = None,
-        progress: bool = False,
-        dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
-    ) -> Draws:
-        check_run(n, repeats)
-        began, before = time.perf_counter(), target.evaluations.copy()
-        generator = torch.Generator(device).manual_seed(seed)
-        settings = {"n": n, "seed": seed, "repeats": repeats, "dtype": dtype}
-        identity = "" if checkpoint is None else fingerprint(target, method=self, **settings)
-        journal = Journal(checkpoint, identity)
-        walkers = -(-n // (repeats * self.length))
-        resumed = journal.read()
+    def draw(self, session: Session) -> Draws:
+        walkers = -(-session.n // (session.repeats * self.length))
+        resumed, seen = session.resumed, session.see(self.coordinates)
+        engine = _Ladders(self, seen, session.repeats, walkers, session.generator)
         if resumed is None:
-            seen = target if self.coordinates is None else self.coordinates.choose(target, generator, dtype)
-            seen.check(self.path.start.sample(64, target.dim, generator, dtype))
-            engine = _Ladders(self, seen, repeats, walkers, generator)
-            state = engine.begin(dtype)
+            seen.check(self.path.start.sample(64, seen.dim, session.generator, session.dtype))
+            state = engine.begin(session.dtype)
         else:
-            tensors, plain = resumed
-            seen = target.affine(tensors["loc"], tensors["scale"]) if "loc" in tensors else target
-            before = before - Evaluations(*plain["evaluations"])
-            began -= plain["seconds"]
-            engine = _Ladders(self, seen, repeats, walkers, generator)
-            state = engine.restore(tensors, plain)
-        chosen = coordinates_of(seen, target)
-        fixed = {} if chosen is None else {"loc": chosen.loc, "scale": chosen.scale}
+            state = engine.restore(*resumed)
 
         def entry() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            spent = target.evaluations - before
             tensors, plain = state.written()
-            plain |= {
-                "evaluations": astuple(spent),
-                "seconds": time.perf_counter() - began,
-            }
-            return {**fixed, **tensors, "generator": mark}, plain
+            return {**session.kept, **tensors, "generator": mark}, {**plain, **session.costs()}
 
-        mark = generator.get_state()
-        with tqdm(total=self.iterations, initial=state.k, disable=not progress, desc="tempering") as bar:
+        mark = session.generator.get_state()
+        with tqdm(total=self.iterations, initial=state.k, disable=not session.progress, desc="tempering") as bar:
             try:
                 while state.k < self.iterations:
                     state = engine.iterate(state)
                     bar.update()
-                    if journal.active:
-                        mark = generator.get_state()
-                        journal.write(entry)
-                    if progress:
+                    if session.journal.active:
+                        mark = session.generator.get_state()
+                        session.journal.write(entry)
+                    if session.progress:
                         barrier, trips = float(state.tally.rejections.sum()), int(state.tally.trips[-1])
                         bar.set_postfix_str(f"barrier {barrier:.2f}, round trips {trips}", refresh=False)
             except KeyboardInterrupt:
-                journal.write(entry, force=True)
+                session.journal.write(entry, force=True)
                 raise
-        journal.close()
-        return engine.draws(state, target, target.evaluations - before, time.perf_counter() - began)
+        session.journal.close()
+        return engine.draws(state, session)
 
 
 class _Tally(NamedTuple):
@@ -330,7 +298,6 @@ class _Ladders:
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> _State:
         placed = {key: value.to(self.device) for key, value in tensors.items() if key != "generator"}
-        self.generator.set_state(tensors["generator"])
         tally = _Tally(plain["summed"], **{f: placed[f"tally.{f}"] for f in _Tally._fields if f != "iterations"})
         return _State(
             k=plain["k"],
@@ -446,35 +413,31 @@ class _Ladders:
 
     # -- what comes out ------------------------------------------------------------------------------------------------
 
-    def draws(self, s: _State, target: Target, spent: Evaluations, seconds: float) -> Draws:
-        m, tally, seen = self.m, s.tally, self.target
+    def draws(self, s: _State, session: Session) -> Draws:
+        m, tally = self.m, s.tally
         cold = s.point.take(slice(-self.L, None))
         lost = int((~torch.isfinite(cold.log_prob)).sum())
         if lost:
             raise TargetError(
-                f"{target.name}: {lost} of {self.L} chains never entered the support. Give coordinates (loc, scale) "
+                f"{self.target.name}: {lost} of {self.L} chains never entered the support. Give coordinates (loc, scale) "
                 "that put the start inside, constrained parameters, or more iterations."
             )
         kept = torch.stack(s.kept, 1)  # (L, length, d)
-        chosen = coordinates_of(seen, target)
-        x = kept if chosen is None else chosen.to_x(kept.flatten(0, 1))
         log_z = None
         if m.refreshed:
             ratios = s.centre + tally.forward.log() - tally.backward.log()
             log_z = ratios.sum(-1)
         return Draws(
-            target=target,
-            states=x.reshape(self.repeats, self.walkers, m.length, target.dim),
+            target=session.target,
+            states=session.own(kept).reshape(self.repeats, self.walkers, m.length, self.target.dim),
             walker_log_weights=None,
             corrected=True,
             repeat_log_z=log_z,
             promise=None if log_z is None else "consistent",
             method=m.in_words(),
-            evaluations=spent,
             acceptance=float(tally.accepted[-1] / tally.iterations),
             levels=self._rows(s),
             notes=self._notes(tally),
-            seconds=seconds,
         )
 
     def _rows(self, s: _State) -> tuple[dict[str, Any], ...]:
