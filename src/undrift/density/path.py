@@ -53,9 +53,9 @@ class Path(ABC):
         """The base law nu."""
 
     @property
-    @abstractmethod
     def start(self) -> Base:
         """The law that walkers start from, in y; level 0 is reached from it by importance weights."""
+        return self.law
 
     @abstractmethod
     def level(self, u: float) -> Level:
@@ -86,10 +86,6 @@ class Direct(Path):
     def law(self) -> Base:
         return self.base
 
-    @property
-    def start(self) -> Base:
-        return self.base
-
     def level(self, u: float) -> Level:
         return Level(1.0, 0.0)
 
@@ -106,10 +102,6 @@ class Geometric(Path):
 
     @property
     def law(self) -> Base:
-        return self.base
-
-    @property
-    def start(self) -> Base:
         return self.base
 
     def level(self, u: float) -> Level:
@@ -168,10 +160,6 @@ class Dilation(Path):
 
     @property
     def law(self) -> Base:
-        return self.base
-
-    @property
-    def start(self) -> Base:
         return self.base
 
     def level(self, u: float) -> Level:

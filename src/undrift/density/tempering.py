@@ -419,8 +419,8 @@ class _Ladders:
         lost = int((~torch.isfinite(cold.log_prob)).sum())
         if lost:
             raise TargetError(
-                f"{self.target.name}: {lost} of {self.L} chains never entered the support. Give coordinates (loc, scale) "
-                "that put the start inside, constrained parameters, or more iterations."
+                f"{self.target.name}: {lost} of {self.L} chains never entered the support. Give coordinates (loc, "
+                "scale) that put the start inside, constrained parameters, or more iterations."
             )
         kept = torch.stack(s.kept, 1)  # (L, length, d)
         log_z = None
