@@ -7,15 +7,16 @@ import torch
 from scipy import stats
 
 from undrift.config import build, describe
-from undrift.density import tempering
+from undrift.density import ladders
 from undrift.density.coordinates import Affine
+from undrift.density.ladders import Ladders, equal_rejections, exchange
 from undrift.density.law import Normal, StudentT
 from undrift.density.method import Method
 from undrift.density.move import HMC, MALA, ULA, Cycle, Independence, Underdamped
 from undrift.density.path import Dilation, Direct, Geometric, Path, TemperedDilation, Tilt
 from undrift.density.target import Target, TargetError
 from undrift.density.targets.mixtures import Gaussian, Grid16, TwoModes
-from undrift.density.tempering import ParallelTempering, _Ladders, equal_rejections, exchange
+from undrift.density.tempering import ParallelTempering
 from undrift.measure.evidence import total_variation
 
 AXIS = torch.linspace(-40, 40, 40001, dtype=torch.float64)
@@ -32,7 +33,7 @@ def level_cdf(target: Target, path: Path, u: float) -> torch.Tensor:
 def at_equilibrium(method: ParallelTempering, target: Target, ladders: int, steps: list[float], seed: int):
     """Ladders whose every level starts from exact draws, by inverse distribution functions."""
     g = torch.Generator().manual_seed(seed)
-    engine = _Ladders(method, target, 1, ladders, g)
+    engine = Ladders(method, target, 1, ladders, g)
     state = engine.begin(torch.float64)
     y = []
     for u in state.u.tolist():
@@ -86,7 +87,7 @@ def test_levels_without_exact_draws_keep_their_laws(path):
 
 def test_a_wrong_ratio_would_be_seen(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(tempering, "exchange", lambda r, parity, g: exchange(0.5 * r, parity, g))
+    monkeypatch.setattr(ladders, "exchange", lambda r, parity, g: exchange(0.5 * r, parity, g))
     method = ParallelTempering(Geometric(Normal(4.0)), levels=4, iterations=15, warmup=0, thin=15)
     target, ladders = TwoModes(weight=0.3, distance=3.0), 4000
     engine, state = at_equilibrium(method, target, ladders, [1.0, 3.0, 2.0, 1.5], seed=1)
@@ -98,7 +99,7 @@ def test_a_wrong_ratio_would_be_seen(monkeypatch):
 @pytest.mark.parametrize("path", [Geometric(StudentT(2.0, 5.0)), TemperedDilation(), Tilt()])
 def test_ratio_is_that_of_the_product_density(path):
     target = Grid16()
-    engine = _Ladders(ParallelTempering(path, levels=5), target, 2, 3, torch.Generator().manual_seed(0))
+    engine = Ladders(ParallelTempering(path, levels=5), target, 2, 3, torch.Generator().manual_seed(0))
     state = engine.begin(torch.float64)
     forward, backward = engine._gain(state)
     x = state.point.x.reshape(5, 6, 2)
@@ -133,7 +134,7 @@ def test_exchange_is_a_permutation_of_neighbours():
 
 def test_exchanges_keep_every_state():
     method = ParallelTempering(TemperedDilation(), MALA(), levels=6, iterations=10, warmup=0, thin=10)
-    engine = _Ladders(method, Grid16(), 1, 50, torch.Generator().manual_seed(0))
+    engine = Ladders(method, Grid16(), 1, 50, torch.Generator().manual_seed(0))
     state = engine.begin(torch.float64)
     frozen = state._replace(log_step=torch.full_like(state.log_step, -200.0))  # steps that move nothing
     after = frozen
@@ -278,7 +279,7 @@ def test_same_seed_same_draws_and_evaluations_counted():
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, stop):
     method = ParallelTempering(Geometric(Normal(5.0)), Underdamped(metropolis=True), levels=4, iterations=24, thin=4)
     whole = method.run(TwoModes(log_z=1.0), 60, seed=3, repeats=4)
-    real = _Ladders.iterate
+    real = Ladders.iterate
 
     def interrupted(self, state):
         if state.k == stop:
@@ -286,10 +287,10 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, stop):
         return real(self, state)
 
     file = tmp_path / "run.undrift"
-    monkeypatch.setattr(_Ladders, "iterate", interrupted)
+    monkeypatch.setattr(Ladders, "iterate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         method.run(TwoModes(log_z=1.0), 60, seed=3, repeats=4, checkpoint=file)
-    monkeypatch.setattr(_Ladders, "iterate", real)
+    monkeypatch.setattr(Ladders, "iterate", real)
     with pytest.raises(ValueError, match="belongs to a run"):
         method.run(TwoModes(log_z=1.0), 60, seed=4, repeats=4, checkpoint=file)
     resumed = method.run(TwoModes(log_z=1.0), 60, seed=3, repeats=4, checkpoint=file)
