@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from undrift.config import build, describe
-from undrift.density import ladders
+from undrift.density import ladders as loop
 from undrift.density.coordinates import Affine
 from undrift.density.ladders import Ladders, equal_rejections, exchange
 from undrift.density.law import Normal, StudentT
@@ -87,7 +87,7 @@ def test_levels_without_exact_draws_keep_their_laws(path):
 
 def test_a_wrong_ratio_would_be_seen(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(ladders, "exchange", lambda r, parity, g: exchange(0.5 * r, parity, g))
+    monkeypatch.setattr(loop, "exchange", lambda r, parity, g: exchange(0.5 * r, parity, g))
     method = ParallelTempering(Geometric(Normal(4.0)), levels=4, iterations=15, warmup=0, thin=15)
     target, ladders = TwoModes(weight=0.3, distance=3.0), 4000
     engine, state = at_equilibrium(method, target, ladders, [1.0, 3.0, 2.0, 1.5], seed=1)
