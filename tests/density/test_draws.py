@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from undrift.density import Draws, Parameters, Target
-from undrift.density.targets import TwoModes
+from undrift.density import SMC, Draws, Parameters, Target
+from undrift.density.targets import Gaussian, TwoModes
 from undrift.measure.evidence import log_evidence
 
 arviz = pytest.importorskip("arviz_stats.base", reason="R-hat and ESS of chains need arviz-stats")
@@ -244,3 +244,11 @@ def test_draws_come_back_from_disk(build: Any, tmp_path: Path) -> None:
     assert torch.equal(back.weights, draws.weights)
     assert (back.method, back.reason, back.notes, back.log_z) == ("how", "why", ("a note",), draws.log_z)
     assert (back.ess, back.promise) == (draws.ess, draws.promise)
+
+
+def test_draws_say_what_they_are_in_a_line() -> None:
+    draws = SMC().run(Gaussian(dim=2), 64, seed=0, repeats=4)
+    line = repr(draws)
+    assert line.startswith("<64 draws of Gaussian in 2 dimensions by SMC")
+    assert f"log Z {draws.log_z:.4g} ± " in line
+    assert f"{draws.evaluations.total} evaluations" in line

@@ -18,7 +18,7 @@ from undrift.measure.evidence import effective_sample_size, log_evidence, mode_w
 __all__ = ["Draws"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Draws:
     """Draws of a target.
 
@@ -55,6 +55,16 @@ class Draws:
     levels: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     seconds: float = math.nan
+
+    def __repr__(self) -> str:
+        repeats, walkers, length, d = self.states.shape
+        parts = [f"{repeats * walkers * length} draws of {self.target.name} in {d} dimensions by {self.method}"]
+        if self.log_z is not None:
+            error = self.log_z_std_error
+            parts.append(f"log Z {self.log_z:.4g}" + ("" if error is None else f" ± {error:.2g}") + f", {self.promise}")
+        if self.ess is not None:
+            parts.append(f"ESS {self.ess:.0f}")
+        return f"<{'; '.join(parts)}; {self.evaluations.total} evaluations>"
 
     # -- draws ---------------------------------------------------------------------------------------------------------
 
