@@ -66,11 +66,6 @@ class Path(ABC):
         row = self.level(u)
         return LevelDensity(target, self.law, row.exponent, row.base)
 
-    @property
-    def scales(self) -> bool:
-        """Whether y changes between levels, so that weights cost evaluations."""
-        return self.level(0.0).log_scale != 0.0
-
 
 @dataclass(frozen=True, eq=False)
 class Direct(Path):
