@@ -1,6 +1,6 @@
 """How to diffuse: linear processes on K channels, their clocks, the recipe that builds them, and the named ones."""
 
-from undrift.process.catalog import ALDA, CLD, HOLD, MALDA, PSLD, VE, VP, FlowMatching, SubVP
+from undrift.process.catalog import ALDA, CLD, HOLD, MALDA, PSLD, VE, VP, BrownianBridge, FlowMatching, SubVP
 from undrift.process.clock import (
     CallableClock,
     Clock,
@@ -26,6 +26,7 @@ __all__ = [
     "PSLD",
     "VE",
     "VP",
+    "BrownianBridge",
     "CallableClock",
     "Clock",
     "ClockedProcess",

@@ -135,6 +135,56 @@ class FlowMatching(ScalarProcess):
         return (2 * time / (1 - time))[..., None, None]
 
 
+@dataclass(frozen=True, eq=False)
+class BrownianBridge(ScalarProcess):
+    r"""The bridge to a point: from the data at t = 0 to the origin at t = T, :math:`dx = -x / (T - t)\,dt + s\,dw`.
+
+    :math:`z_t = (1 - t/T)\, x_0 + s \sqrt{t (T - t) / T}\, n`. Run back from data N(0, s^2 T) it is a Brownian motion
+    that starts at the origin: the reference of path integral samplers. At T nothing is left, so a sampler of data,
+    which divides by m_t, must begin below T.
+
+    Args:
+        scale: s; with the default horizon, the deviation of the reference's end.
+        horizon: T.
+
+    References:
+        Zhang & Chen, Path Integral Sampler, 2022; Föllmer, An Entropy Approach to the Time Reversal of Diffusion
+        Processes, 1985.
+    """
+
+    scale: float = 1.0
+    horizon: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive("scale", "BrownianBridge", self.scale)
+        _positive("horizon", "BrownianBridge", self.horizon)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t / self.horizon
+
+    def ratio(self, t: Tensor) -> Tensor:
+        return self.scale * (t / self.alpha(t)).sqrt()
+
+    def drift(self, t: object) -> Tensor:
+        return (-1 / (self.horizon - self._time(t)))[..., None, None]
+
+    def diffusion(self, t: object) -> Tensor:
+        return (self.scale**2 * torch.ones_like(self._time(t)))[..., None, None]
+
+    def _transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        left = (self.horizon - t) / (self.horizon - s)
+        spread = self.scale * ((t - s) * left).clamp(min=0).sqrt()
+        left = torch.where(s < self.horizon, left, torch.ones_like(left))
+        return left[..., None, None], spread.nan_to_num(0.0)[..., None, None]
+
+    def _weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ratio(t).square().reciprocal(), self.alpha(t).reciprocal().unsqueeze(-1)
+
+    def time(self, sigma: object) -> Tensor:
+        level = as_f64(sigma).square()
+        return level / (level / self.horizon + self.scale**2)
+
+
 class _Augmented(RecipeProcess):
     """Processes with auxiliaries: validated once; auxiliaries start from a multiple of their stationary covariance."""
 
