@@ -84,6 +84,11 @@ class AffineTarget(Target):
         _, a = self._on(score)
         return value + self.log_det, score @ a if a.ndim == 2 else score * a
 
+    def differentiable(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value, score = self.inner.differentiable(self.to_x(x))
+        _, a = self._on(score)
+        return value + self.log_det, score @ a if a.ndim == 2 else score * a
+
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
         return self.inner.constrain(self.to_x(x))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from undrift.density.target import Target
 
-__all__ = ["TargetError", "check"]
+__all__ = ["TargetError", "check", "twice"]
 
 
 class TargetError(ValueError):
@@ -100,3 +100,61 @@ def _wrong_gradient(target: Target, x: Tensor, score: Tensor, single: bool) -> s
             f"{float(worth[i]):.6g}. Correct score=, or leave it out and let autograd find it."
         )
     return None
+
+
+def twice(target: Target, x: Tensor) -> bool | None:
+    """Whether a second derivative may go through the score that was given, or through log_prob only.
+
+    Tried at two of the points x: the product of a random direction with the graph of the score, against differences of
+    the score along it.
+
+    Returns:
+        True for the score as given; False for log_prob, differentiated twice; None where both points are undefined.
+
+    Raises:
+        TargetError: if neither is right.
+    """
+    x = x[:2]
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    direction /= direction.norm(dim=-1, keepdim=True)
+    value, score = target.log_prob_and_score(x)
+    fine = torch.isfinite(value) & torch.isfinite(score).all(-1)
+    if not bool(fine.any()):
+        return None
+    expected = []
+    eps = torch.finfo(torch.promote_types(x.dtype, score.dtype)).eps
+    for step in (1e-2, 1e-4, 1e-6):  # one that suits the target's scale is not known
+        h = step * (1 + x.norm(dim=-1, keepdim=True))
+        up, down = (target.score(x + sign * h * direction) for sign in (1, -1))
+        noise = 30 * eps * (up.norm(dim=-1) + down.norm(dim=-1)) / h.squeeze(-1)
+        expected.append(((up - down) / (2 * h), noise))
+    said = ""
+    for given in (True, False):
+        if given and target._given_score is None:
+            continue
+        target.evaluations.gradients += len(x)
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            try:
+                known = target._gradient(leaf) if given else target._by_autograd(leaf, create_graph=True)
+                assert known is not None
+                if not known[0].requires_grad:
+                    raise TargetError("log_prob does not depend on x for autograd")
+                (found,) = torch.autograd.grad((known[1] * direction).sum(), leaf)
+            except (RuntimeError, TargetError) as error:
+                said = str(error).split("\n", 1)[0]
+                continue
+        best = torch.full_like(value, math.inf)
+        for difference, noise in expected:
+            size = (found.norm(dim=-1) + difference.norm(dim=-1)).clamp(min=1e-3)
+            miss = ((found - difference).norm(dim=-1) - noise).clamp(min=0) / size
+            best = torch.where(miss < best, miss, best)
+        if bool((best[fine] <= 0.01).any()):  # a kink may spoil one of the points
+            return given
+        said = "the derivative that autograd finds is not that of differences of the score"
+    raise TargetError(
+        f"{target.name}: the density cannot be differentiated twice: {said}. Compute log_prob (or score) with torch "
+        "operations that have second derivatives, nothing of x detached, or train by a loss that needs the score only, "
+        "such as the log-variance."
+    )

@@ -133,6 +133,7 @@ class Target:
     """Whether :meth:`sample` knows exact draws."""
     _sampler: Callable[[int, torch.Generator], Tensor] | None = None
     _given_score: Callable[[Tensor], Tensor] | None = None
+    _trusted: bool | None = None  # whether a graph may go through the score as given; None before the probe
 
     def __init__(
         self,
@@ -282,22 +283,57 @@ class Target:
                     f"{self.name}: score must have the shape of the points, {tuple(x.shape)}, got {tuple(score.shape)}."
                 )
             return value.detach(), score.detach()
+        with torch.enable_grad():
+            value, score = self._by_autograd(x.detach().requires_grad_())
+        return value.detach(), score
+
+    def _by_autograd(self, x: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """log gamma and its gradient through :meth:`_log_density`, at x that requires grad."""
         unseen = (
             f"{self.name}: log_prob does not depend on x for autograd (detached, or computed in numpy?). "
             "Compute it with torch operations, or give score=."
         )
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            try:
-                value = self._checked(x, self._log_density(leaf))
-            except RuntimeError as error:
-                if "numpy()" in str(error):
-                    raise TargetError(unseen) from error
-                raise
-            found = torch.autograd.grad(value.sum(), leaf, allow_unused=True) if value.requires_grad else (None,)
-            if found[0] is None:
-                raise TargetError(unseen)
-        return value.detach(), found[0]
+        try:
+            value = self._checked(x, self._log_density(x))
+        except RuntimeError as error:
+            if "numpy()" in str(error):
+                raise TargetError(unseen) from error
+            raise
+        score: Tensor | None = None
+        if value.requires_grad:
+            (score,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph, allow_unused=True)
+        if score is None:
+            raise TargetError(unseen)
+        if create_graph and not score.requires_grad:  # constant in x: tied to its graph, with the derivative zero
+            score = torch.where(torch.ones_like(x, dtype=torch.bool), score, x)
+        return value, score
+
+    def differentiable(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log gamma(x) and its gradient, (batch,) and (batch, d), in the graph of x: a loss may go through the score.
+
+        Where x requires no gradient, or none is recorded, the same as :meth:`log_prob_and_score`. Formulas of the
+        target's own for its gradient are differentiated where autograd can follow them, else log_prob is, twice.
+        A target made of functions is probed once, at two of the points of the first call: the derivative of its score
+        must be that of differences of the score. That takes up to 18 gradients more, which are counted.
+
+        Args:
+            x: points (batch, d), which may be the result of other operations.
+
+        Raises:
+            TargetError: if autograd cannot differentiate the density twice.
+        """
+        self._check_points(x)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.log_prob_and_score(x)
+        with _unvalidated():
+            formulas = type(self)._log_density is not Target._log_density  # not functions, which are anyone's
+            if not formulas and self._trusted is None:
+                self._trusted = faults.twice(self, x.detach())
+            self.evaluations.gradients += x.shape[0]
+            known = self._gradient(x) if formulas or self._trusted else None
+            if known is None or not (known[0].requires_grad and known[1].requires_grad):
+                return self._by_autograd(x, create_graph=True)
+            return known
 
     def score(self, x: Tensor) -> Tensor:
         """grad log gamma(x), same shape as x (batch, d)."""

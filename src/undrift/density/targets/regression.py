@@ -89,7 +89,8 @@ class LogisticRegression(Target):
         signed = self._constants.on(x)["signed"]
         margin = x @ signed.T
         value = self._log_prior(x) + torch.nn.functional.logsigmoid(margin).sum(-1)
-        slope = margin.neg_().sigmoid_()  # in place: (n, N) is the largest array of a step
+        # In place, where no graph needs the margins: (n, N) is the largest array of a step.
+        slope = (-margin).sigmoid() if margin.requires_grad else margin.neg_().sigmoid_()
         return value, slope @ signed - x / self._prior_variance
 
     def reference(self) -> Mapping[str, Reference]:
