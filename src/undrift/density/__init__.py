@@ -27,6 +27,7 @@ from undrift.density.step import Adapted, FixedStep, ScoreNorm, SignalToNoise, S
 from undrift.density.target import Evaluations, Point, Target, TargetError
 from undrift.density.tempering import ParallelTempering
 from undrift.density.trust import verdict, warnings
+from undrift.density.variational import MeanField
 
 __all__ = [
     "AIS",
@@ -57,6 +58,7 @@ __all__ = [
     "Langevin",
     "Laplace",
     "Levels",
+    "MeanField",
     "Method",
     "MonteCarloDenoiser",
     "Move",
