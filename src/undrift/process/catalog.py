@@ -178,11 +178,19 @@ class BrownianBridge(ScalarProcess):
         return left[..., None, None], spread.nan_to_num(0.0)[..., None, None]
 
     def _weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ratio(t).square().reciprocal(), self.alpha(t).reciprocal().unsqueeze(-1)
+        alpha = self.alpha(t)
+        return alpha / (self.scale**2 * t), alpha.reciprocal().unsqueeze(-1)
+
+    def information(self, t: object) -> tuple[Tensor, Tensor]:
+        time = self._time(t)
+        return self._weights(time)[0], (self.scale * time).square().reciprocal()
 
     def time(self, sigma: object) -> Tensor:
-        level = as_f64(sigma).square()
-        return level / (level / self.horizon + self.scale**2)
+        """Inverse of :meth:`sigma`, which reaches every level: T for an infinite one."""
+        level = as_f64(sigma)
+        if not bool((level > 0).all()):
+            raise ValueError(f"BrownianBridge.time: sigma must be positive, got {float(level.detach().min()):g}.")
+        return ((self.scale / level).square() + 1 / self.horizon).reciprocal()
 
 
 class _Augmented(RecipeProcess):
