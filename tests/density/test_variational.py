@@ -165,7 +165,7 @@ def test_it_has_a_name() -> None:
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"samples": 3}, {"samples": 0}, {"rate": 0.0}, {"rate": math.inf}])
 def test_settings_that_do_not_fit(settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="MeanField: .* must be"):
+    with pytest.raises(ValueError, match=r"MeanField: .* must be"):
         MeanField(**settings)  # type: ignore[arg-type]
 
 
