@@ -13,6 +13,7 @@ from undrift.density.anneal import (
     anneal,
 )
 from undrift.density.auto import Auto, Survey, survey
+from undrift.density.bounds import Bounds, bounds
 from undrift.density.coordinates import Affine, Coordinates, Laplace
 from undrift.density.draws import Draws
 from undrift.density.law import Normal, StudentT
@@ -43,6 +44,7 @@ __all__ = [
     "AnnealedLangevin",
     "Annealing",
     "Auto",
+    "Bounds",
     "Coordinates",
     "Cycle",
     "Dilation",
@@ -81,6 +83,7 @@ __all__ = [
     "Tilt",
     "Underdamped",
     "anneal",
+    "bounds",
     "matched_prior",
     "ordered",
     "survey",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from undrift.config import ConfigError, build, describe, family
 from undrift.container import CheckpointError, read_file, write_file
+from undrift.density.bounds import Bounds
 from undrift.density.draws import Draws
 from undrift.density.target import Evaluations, Target, TargetError
 
@@ -123,6 +124,8 @@ def save_draws(path: str | Path, draws: Draws) -> Path:
         "levels": [{key: _finite(value) for key, value in row.items()} for row in draws.levels],
         "notes": list(draws.notes),
         "seconds": _finite(draws.seconds),
+        "bounds": None if draws.bounds is None else _spelled(asdict(draws.bounds)),
+        "training": [_spelled(row) for row in draws.training],
     }
     place.parent.mkdir(parents=True, exist_ok=True)
     write_file(place, tensors, description)
@@ -175,6 +178,8 @@ def load_draws(path: str | Path, target: Target | None = None) -> Draws:
         levels=tuple(about["levels"]),
         notes=tuple(about["notes"]),
         seconds=math.nan if about["seconds"] is None else about["seconds"],
+        bounds=None if about.get("bounds") is None else Bounds(**_read(about["bounds"])),
+        training=tuple(_read(row) for row in about.get("training", ())),
         **more,
     )
 
@@ -188,6 +193,19 @@ def _shapes(target: Target) -> Mapping[str, tuple[int, ...]] | None:
 def _finite(value: Any) -> Any:
     """A value for JSON, which has no infinities: None stands for them."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_SPELLED = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def _spelled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for JSON, in which infinities and NaN are words: None keeps its meaning."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _read(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of :func:`_spelled`."""
+    return {k: _SPELLED.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
 
 
 def _settings(target: Target) -> Any:

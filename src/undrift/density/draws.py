@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from undrift.density.bounds import Bounds
 from undrift.density.target import Evaluations, Target
 from undrift.measure.evidence import effective_sample_size, log_evidence, mode_weights
 
@@ -39,6 +40,10 @@ class Draws:
         levels: what happened, level by level: rows of the same keys.
         notes: facts about the run worth a warning, beside those that follow from the numbers.
         seconds: wall time.
+        bounds: what log Z lies between, where the weights are those of whole paths that nothing has resampled.
+        training: how a sampler that learns was trained: rows of step, loss, elbo, log_z, ess (a share), gradient_norm,
+            skipped (steps so far that were left out, for want of a finite loss or gradient), seconds, and others; None
+            for what a row does not know.
     """
 
     target: Target
@@ -55,6 +60,8 @@ class Draws:
     levels: Sequence[Mapping[str, Any]] = ()
     notes: tuple[str, ...] = ()
     seconds: float = math.nan
+    bounds: Bounds | None = None
+    training: Sequence[Mapping[str, Any]] = ()
 
     def __repr__(self) -> str:
         repeats, walkers, length, d = self.states.shape
@@ -62,6 +69,8 @@ class Draws:
         if self.log_z is not None:
             error = self.log_z_std_error
             parts.append(f"log Z {self.log_z:.4g}" + ("" if error is None else f" ± {error:.2g}") + f", {self.promise}")
+        if self.bounds is not None:
+            parts.append(f"ELBO {self.bounds.elbo:.4g}")
         if self.ess is not None:
             parts.append(f"ESS {self.ess:.0f}")
         return f"<{'; '.join(parts)}; {self.evaluations.total} evaluations>"

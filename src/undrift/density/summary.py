@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ def summarise(draws: Draws) -> dict[str, Any]:
 
     Returns:
         ``parameters``: for each scalar of the target mean, sd, mcse (the mean's standard error, over repeats),
-        quantiles, rhat, ess; ``log_z`` and its error, the promise, the true value; modes; evaluations; warnings.
+        quantiles, rhat, ess; ``log_z`` and its error, the promise, the true value, bounds; modes; evaluations;
+        warnings; of training the number of rows, the first and the last.
     """
     labels = draws.target.labels
     mean, mcse = draws.expectation(draws.values)
@@ -77,6 +80,7 @@ def summarise(draws: Draws) -> dict[str, Any]:
         "promise": draws.promise,
         "repeat_log_z": None if draws.repeat_log_z is None else [_number(z) for z in draws.repeat_log_z.tolist()],
         "true_log_z": _number(draws.target.log_z),
+        "bounds": None if draws.bounds is None else {k: _number(v) for k, v in asdict(draws.bounds).items()},
         "ess": _number(draws.ess),
         "ess_by_repeat": None
         if log_w is None
@@ -89,6 +93,7 @@ def summarise(draws: Draws) -> dict[str, Any]:
         "seconds": _number(draws.seconds),
         "acceptance": _number(draws.acceptance),
         "relative_step": _number(draws.relative_step),
+        "training": _training(draws),
         "modes": _modes(draws),
         "parameters": parameters,
     }
@@ -105,3 +110,12 @@ def _modes(draws: Draws) -> dict[str, Any] | None:
         "total_variation": _number(total_variation(shares.share, shares.truth)),
         "over_dispersion": _number(shares.overdispersion) if torch.isfinite(shares.std_error).all() else None,
     }
+
+
+def _training(draws: Draws) -> dict[str, Any] | None:
+    rows = draws.training
+    return {"rows": len(rows), "first": _row(rows[0]), "last": _row(rows[-1])} if rows else None
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _number(v) if isinstance(v, float) else v for k, v in row.items()}
