@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from undrift.density.draws import Draws
+from undrift.density.trust_learned import elbo_excess, impossible, known_log_z, shortfall, training, unseen
 from undrift.measure.evidence import effective_sample_size, total_variation
 
 __all__ = ["ModeShares", "mode_shares", "verdict", "warnings"]
@@ -101,9 +102,13 @@ def mode_shares(draws: Draws) -> ModeShares | None:
 def warnings(draws: Draws) -> list[str]:
     """Reasons not to trust the draws, the weightiest first; empty if the numbers hold none."""
     shares = mode_shares(draws)
-    found = [*_correction(draws), *_undefined(draws), *_weights(draws), *_chains(draws)]
-    found += [*_modes(draws, shares), *_evidence(draws), *_acceptance(draws), *_repeats(draws)]
-    return [*found, *draws.notes]
+    found = [*_correction(draws), *impossible(draws), *_undefined(draws)]
+    few = [*_weights(draws), *_chains(draws)]
+    missing = [] if few or (shares is not None and bool(_lost(shares).any())) else [*unseen(draws)]
+    short = [] if few or missing else [*shortfall(draws)]
+    explained = bool(missing) or elbo_excess(draws) > 0
+    found += [*few, *short, *training(draws), *_modes(draws, shares), *missing, *_evidence(draws, explained)]
+    return [*found, *_acceptance(draws), *_repeats(draws), *draws.notes]
 
 
 def verdict(draws: Draws, found: list[str]) -> str:
@@ -169,15 +174,35 @@ def _weights(draws: Draws) -> Iterator[str]:
     if ess < FEW or ess < SHARE * count:
         yield (
             f"The weights leave {ess:.0f} effective draws of {count} ({ess / count:.1%}): a mean is known to "
-            f"{1 / math.sqrt(max(ess, 1.0)):.0%} of a deviation at best, and tails rest on a handful of walkers. Draw "
-            "more, or bring the start nearer to the target: coordinates (loc, scale), a wider base, more levels."
+            f"{1 / math.sqrt(max(ess, 1.0)):.0%} of a deviation at best, and tails rest on a handful of walkers. "
+            f"{_nearer(draws)}"
         )
     top = float(log_w.softmax(0).max())
     if top > HEAVY:
         yield (
             f"One walker carries {top:.0%} of the weight: every estimate is mostly that one point, and a region that "
-            "only it has reached is as good as unseen. More levels or moves, or a wider base, share the weight out."
+            "only it has reached is as good as unseen. "
+            f"{'Longer training' if _learned(draws) else 'More levels or moves'}, or a wider base, share it out."
         )
+
+
+def _learned(draws: Draws) -> bool:
+    return draws.bounds is not None or len(draws.training) > 0
+
+
+def _nearer(draws: Draws) -> str:
+    """What to do about uneven weights."""
+    if not _learned(draws):
+        return (
+            "Draw more, or bring the start nearer to the target: coordinates (loc, scale), a wider base, more levels."
+        )
+    gap = ""
+    if draws.bounds is not None and draws.log_z is not None:
+        gap = f" (ELBO lies {draws.log_z - draws.bounds.elbo:.3g} nats below log Z)"
+    return (
+        f"The sampler has not been trained long enough{gap}, or it cannot do better: train longer, take more steps or "
+        "a larger network, give coordinates (loc, scale), or let the annealing loop resample and move the walkers."
+    )
 
 
 def _chains(draws: Draws) -> Iterator[str]:
@@ -229,6 +254,11 @@ def _undefined(draws: Draws) -> Iterator[str]:
 # -- modes -------------------------------------------------------------------------------------------------------------
 
 
+def _lost(shares: ModeShares) -> Tensor:
+    """Which modes hold next to nothing, though they would have been seen, (modes,)."""
+    return (shares.share < LOST * shares.truth) & (float(shares.size.sum()) * shares.truth >= EXPECTED)
+
+
 def _modes(draws: Draws, shares: ModeShares | None) -> Iterator[str]:
     if shares is None:
         return
@@ -239,8 +269,7 @@ def _modes(draws: Draws, shares: ModeShares | None) -> Iterator[str]:
             "stay in the mode that they, or the few ancestors they share, fell into first. Trust the weights only to "
             "their standard errors over repeats; more walkers, levels or moves help."
         )
-    size = float(shares.size.sum())
-    lost = (shares.share < LOST * shares.truth) & (size * shares.truth >= EXPECTED)
+    size, lost = float(shares.size.sum()), _lost(shares)
     if bool(lost.any()):
         mass = float(shares.truth[lost].sum())
         deficit = math.log1p(-mass) if mass < 1 else -math.inf
@@ -278,7 +307,8 @@ def _expected_spread(draws: Draws) -> float | None:
     return math.sqrt(max(last, sum(1 / c - 1 for c in jumps) / walkers, 0.0))
 
 
-def _evidence(draws: Draws) -> Iterator[str]:
+def _evidence(draws: Draws, explained: bool) -> Iterator[str]:
+    """What repeats say of log Z, and how the known one was missed, unless that is explained already."""
     z = draws.repeat_log_z
     if z is None:
         return
@@ -298,12 +328,12 @@ def _evidence(draws: Draws) -> Iterator[str]:
                 "each level, and a part of the target may be missing from all repeats. Take more moves, more levels, "
                 "or coordinates."
             )
-    truth, error = draws.target.log_z, draws.log_z_std_error
-    if truth is not None and error is not None:
-        miss = float(draws.log_z) - float(truth)  # type: ignore[arg-type]
+    truth, error = known_log_z(draws), draws.log_z_std_error
+    if truth is not None and error is not None and not explained:
+        miss, error = float(draws.log_z) - truth[0], math.hypot(error, truth[1])  # type: ignore[arg-type]
         if not abs(miss) <= MISS * error + 1e-9:
             yield (
-                f"log Z came out as {draws.log_z:.5g} ± {error:.2g}; the target's is {float(truth):.5g}, "
+                f"log Z came out as {draws.log_z:.5g} ± {error:.2g}; the target's is {truth[0]:.5g}, "
                 f"{abs(miss) / max(error, 1e-300):.1f} standard errors away: all repeats miss the same mass. The "
                 "start law does not cover the target, or the moves do not follow the path."
             )
