@@ -71,7 +71,8 @@ class EqualAngles(TimeGrid):
     def times(self, process: LinearProcess, steps: int) -> Tensor:
         end = as_f64(process.horizon).reshape(1)
         with torch.no_grad():
-            theta = angle(process, end) * _ramp(steps)[1:-1]
+            first, last = angle(process, torch.cat([end, torch.zeros_like(end)]))
+            theta = last + (first - last) * _ramp(steps)[1:-1]  # Song's exploding clock begins above 0
             inner = process.time(theta.tan()) if steps > 1 else end[:0]
         return torch.cat([end, inner, torch.zeros(1, dtype=torch.float64)])
 
