@@ -28,9 +28,9 @@ and for data of density :math:`\gamma = g_0 N(0, I)` what changes in the mean of
 .. math:: \mathrm{Cov}(z_{k+1}, x_0 | z_k) \otimes E[\nabla \log g_0(x_0) | z_k]
     = \mathrm{Cov}(z_{k+1} | z_k) P_{k+1}^{-1} m_{k+1} \otimes a_k,
 
-by Stein's identity. So one control of d numbers serves every linear process, with any number of auxiliaries, and depends
-on z through :math:`y = E[x_0 | z]` under the reference alone. Brownian motion (PIS), the Ornstein-Uhlenbeck process
-(DIS, DDS), critically damped and phase-space Langevin are arguments.
+by Stein's identity. So one control of d numbers serves every linear process, with any number of auxiliaries, and
+depends on z through :math:`y = E[x_0 | z]` under the reference alone. Brownian motion (PIS), the Ornstein-Uhlenbeck
+process (DIS, DDS), critically damped and phase-space Langevin are arguments.
 
 References:
     Zhang & Chen, Path Integral Sampler, 2022. Vargas, Grathwohl & Doucet, Denoising Diffusion Samplers, 2023.
@@ -252,8 +252,8 @@ def reversal(
         inner = sqrt_sum(g.mT, _eye(g))  # C C' = I + G'G
         half = torch.linalg.solve_triangular(inner.mT, w, upper=True, left=False)  # W C'^-1
         forth = sqrt_sum(half)
-        back = torch.linalg.solve_triangular(s, g.mT, upper=False, left=False)  # G' Sigma^-1/2
-        a = half @ _solve(inner, back)
+        u = _solve(whole[begin:-1], p @ w)  # a contraction: of noise that hardly moves it, nothing has to be inverted
+        a = torch.linalg.solve_triangular(whole[begin:-1], w @ u.mT, upper=False, left=False)  # P Phi' P_k^-1
         if gain == "posterior":
             b = (half @ _solve(inner, _solve(w, mean[1 + begin :].unsqueeze(-1)))).squeeze(-1)
         else:
@@ -268,7 +268,7 @@ def reversal(
         raise ValueError(f"reversal: integrator must be exponential or euler, got {integrator!r}.")
     label = angle(process, times) / (0.5 * math.pi)
     end = psd_sqrt(start) if len(start) else start
-    return Chain(times, label, *rows, whole, end, look, 1 - known)
+    return Chain(times, label, *rows, whole, end, look, 1 / (1 + snr))
 
 
 def _euler(process: LinearProcess, times: Tensor, whole: Tensor, look: Tensor) -> tuple[Rows, Rows]:
