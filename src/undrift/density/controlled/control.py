@@ -224,10 +224,12 @@ class PotentialField(Field):
     def potential(self, view: View, times: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """G (steps, batch), up to a constant a time, and its gradient in y (steps, batch, d)."""
         e, mixing, scale = times
-        assert view.guide is not None and view.log_g is not None
+        assert view.guide is not None
+        assert view.log_g is not None
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            y = view.y.to(e).detach().requires_grad_()
+            y = view.y.to(e)
+            y = y if y.requires_grad else y.detach().requires_grad_()
             learned = (self.net(y * as_rows(scale), e) * y).sum(-1)
             (slope,) = torch.autograd.grad(learned.sum(), y, create_graph=graph)
         if not graph:
