@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.distributions import constraints
 from undrift.config import build
 from undrift.density import Draws, Target
 from undrift.density.archive import save_draws
+from undrift.density.bounds import Bounds, bounds
 from undrift.density.summary import summarise
 from undrift.density.targets import Gaussian, TwoModes
 from undrift.report import write_report
@@ -31,6 +33,7 @@ from undrift.report.density import (
     traces_figure,
 )
 from undrift.report.html import Page
+from undrift.report.learning import bounds_line, bounds_table, learning_figure
 from undrift.report.plots import PALETTE
 
 
@@ -68,6 +71,21 @@ def weighted() -> Draws:
 def posterior(size: int) -> Target:
     spec = {"tau": constraints.positive, "theta": (constraints.real, size)}
     return Target.constrained(lambda v: -v["tau"] - 0.5 * v["theta"].square().sum(-1), spec, name="posterior")
+
+
+RECORD = tuple(
+    {"step": 20 * i, "loss": 50.0 / i**2, "elbo": -50.0 / i**2, "log_z": -1.0 / i, "ess": 1 - 1 / i,
+     "gradient_norm": None, "skipped": i // 4, "seconds": 0.5 * i}
+    for i in range(1, 9)
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(weighted) -> Draws:
+    """The same draws, as a sampler gives them that was trained, with weights of eight exact samples."""
+    forward = torch.linspace(0.1, 0.4, 8, dtype=torch.float64)
+    levels = tuple({"u": u, "ess": 1 - 0.5 * u, "acceptance": None} for u in (0.0, 0.5, 1.0))
+    return replace(weighted, bounds=bounds(weighted.walker_log_weights, forward), training=RECORD, levels=levels)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +130,28 @@ def test_a_folder_is_shown_whole_and_without_the_density(tmp_path):
     assert again.split("Reproduce</h2>")[0] == text.split("Reproduce</h2>")[0]
 
 
+def test_a_sampler_that_learned_shows_bounds_and_training(learned, weighted):
+    page = render(learned)
+    parts = ["Can they be trusted?", "Parameters", "Evidence", "Modes", "Weights", "Training", "Levels", "Cost"]
+    assert sections(page) == parts
+    assert f"<p>{bounds_line(summarise(learned)['bounds'])}.</p>" in page
+    assert "160 steps, 4.0 s, 2 skipped." in page
+    assert "the loss goes from 50 to 0.781 over 160 steps" in page
+    assert all(re.search(r'alt="[^"]{10,}"', figure) for figure in re.findall("<figure>.*?</figure>", page))
+    alone = render(replace(learned, repeat_log_z=None, training=({"step": 0, "skipped": 0},), levels=LEVELS[:0]))
+    assert sections(alone) == [*parts[:6], "Cost"]
+    assert "0 steps." in alone.split("Training</h2>")[1]
+    nothing = tuple({"u": u, "acceptance": None} for u in (0.0, 1.0))
+    assert "Levels" not in sections(render(replace(weighted, levels=nothing)))
+
+
+def test_a_summary_from_before_there_were_bounds_is_shown(weighted):
+    summary = {k: v for k, v in summarise(weighted).items() if k not in ("bounds", "training")}
+    page = Page("t", lead(summary))
+    add_density(page, weighted, summary)
+    assert page.render() == render(weighted)
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +166,23 @@ def test_digits_follow_the_standard_error_and_empty_columns_are_left_out(weighte
     assert float(mean) == pytest.approx(row["mean"], abs=10 ** -len(error.partition(".")[2]))
     one = Draws(target=Gaussian(), states=normal(1, 50, 1, 2), walker_log_weights=None, corrected=False)
     assert parameters_table(summarise(one))[0] == ["parameter", "mean", "sd", "5 %", "50 %", "95 %"]
+
+
+def test_bounds_are_a_line_and_a_table_from_below_to_above(learned):
+    summary = summarise(learned)
+    known = summary["bounds"]
+    assert bounds_line(known) == (
+        f"ELBO {known['elbo']:.4f} ± {known['elbo_std_error']:.4f}, EUBO 0.2500 ± 0.0371, "
+        f"forward ESS {known['forward_ess']:.3g}"
+    )
+    _, lines = bounds_table(summary)
+    names = [line[0].split(",")[0] for line in lines]
+    assert names == ["ELBO", "log Z", "log Z", "log Z of the target", "EUBO"]
+    assert lines[1][1:] == [f"{learned.log_z:.4f}", f"{learned.log_z_std_error:.4f}"]
+    assert lines[4][1:] == ["0.2500", "0.0371"]
+    bare = summarise(replace(learned, bounds=Bounds(-math.inf, math.nan)))
+    assert bounds_line(bare["bounds"]) == "ELBO -inf"
+    assert [line[0].split(",")[0] for line in bounds_table(bare)[1]] == ["ELBO", "log Z", "log Z of the target"]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -203,6 +260,30 @@ def test_levels_show_every_record_there_is():
     assert panels[3].get_yscale() == "log"
     early = [{"u": u, "acceptance": 0.5} for u in (0.0, 1e-4, 1e-3, 1e-2, 1.0)]
     assert levels_figure(early).axes[0].get_xscale() == "symlog", "levels that crowd at the start are told apart"
+
+
+def test_levels_of_samplers_that_learn_know_little(learned):
+    panels = [ax for ax in levels_figure(learned.levels).axes if ax.axison]
+    assert [ax.get_ylabel() for ax in panels] == ["ESS / walkers"]
+    assert list(panels[0].lines[0].get_ydata()) == [1.0, 0.75, 0.5]
+
+
+def test_training_is_drawn_against_the_step():
+    axes = [ax for ax in learning_figure(RECORD, true_log_z=0.25).axes if ax.axison]
+    assert [ax.get_ylabel() for ax in axes] == ["loss", "nats", "ESS / paths"], "no row knows the gradient"
+    assert axes[0].get_yscale() == "log"
+    elbo, log_z, truth = axes[1].lines
+    assert list(elbo.get_xdata()) == [row["step"] for row in RECORD]
+    assert list(log_z.get_ydata()) == [row["log_z"] for row in RECORD]
+    assert set(truth.get_ydata()) == {0.25}
+    low, high = axes[1].get_ylim()
+    assert -50 < low < -50 / 9, "where training began is out of the frame"
+    assert high > 0.25
+    holes = [row | {"elbo": None, "log_z": math.nan, "loss": None if i == 3 else -1.0} for i, row in enumerate(RECORD)]
+    axes = [ax for ax in learning_figure(holes).axes if ax.axison]
+    assert [ax.get_ylabel() for ax in axes] == ["loss", "ESS / paths"]
+    assert len(axes[0].lines[0].get_xdata()) == 7
+    assert axes[0].get_yscale() == "symlog"
 
 
 def test_a_benchmark_is_named_and_drawn_with_its_modes():

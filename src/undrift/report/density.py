@@ -20,6 +20,7 @@ from undrift.density.draws import Draws
 from undrift.density.summary import QUANTILES, summarise
 from undrift.report.files import write_bytes
 from undrift.report.html import Page
+from undrift.report.learning import add_bounds, add_training
 from undrift.report.plots import GREY, MARKERS, PALETTE, new_figure, png
 
 __all__ = [
@@ -90,8 +91,13 @@ def add_density(page: Page, draws: Draws, summary: Mapping[str, Any]) -> None:
         )
     exact = _exact_values(draws)
     _parameters(page, draws, summary, exact)
+    bounded = summary.get("bounds") is not None  # a summary may be older than bounds are
+    if summary["repeat_log_z"] or bounded:
+        page.section("Evidence")
     if summary["repeat_log_z"]:
         _evidence(page, summary)
+    if bounded:
+        add_bounds(page, summary)
     if summary["modes"] is not None:
         _modes(page, summary["modes"])
     if draws.walker_log_weights is not None:
@@ -110,7 +116,9 @@ def add_density(page: Page, draws: Draws, summary: Mapping[str, Any]) -> None:
             f"The first chains of {draws.states.shape[0] * draws.states.shape[1]}, for the parameters with the largest "
             "R-hat. They should look like noise about a common level.",
         )
-    if len(draws.levels) > 1:
+    if draws.training:
+        add_training(page, draws.training, summary["true_log_z"])
+    if len(draws.levels) > 1 and _records(draws.levels):
         page.section("Levels")
         page.picture(
             png(levels_figure(draws.levels)),
@@ -307,7 +315,6 @@ _PROMISES = {
 
 
 def _evidence(page: Page, summary: Mapping[str, Any]) -> None:
-    page.section("Evidence")
     value, error, truth = summary["log_z"], summary["log_z_std_error"], summary["true_log_z"]
     digits = _digits(error, abs(value or 0.0))
     said = f"log Z = {_show(value, digits)}" + ("" if error is None else f" ± {_show(error, digits)}")
@@ -441,9 +448,14 @@ _RECORDS = {
 }
 
 
+def _records(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What at least two levels have recorded."""
+    return [k for k in _RECORDS if sum(row.get(k) is not None for row in rows) > 1]
+
+
 def levels_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What was recorded at each level against u: a panel for each record that levels have."""
-    keys = [k for k in _RECORDS if sum(row.get(k) is not None for row in rows) > 1]
+    keys = _records(rows)
     panels = len(keys)
     columns = min(3, panels) or 1
     lines = max(1, -(-panels // columns))
