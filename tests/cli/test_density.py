@@ -6,7 +6,7 @@ import importlib
 import itertools
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from undrift.density import (
     MCMC,
     SMC,
     Affine,
+    Bounds,
     DilationLangevin,
     ImportanceSampling,
     Langevin,
@@ -107,6 +108,18 @@ def test_a_complete_folder(run_folder, capsys):
     (run_folder / "report.html").unlink()
     assert main(["report", str(run_folder)]) == 0
     assert (run_folder / "report.html").read_text() == page
+
+
+def test_bounds_are_printed_below_the_evidence(run_folder, monkeypatch, tmp_path, capsys):
+    def bounded(self, *args, **options):
+        return replace(load_draws(run_folder / "draws.safetensors"), bounds=Bounds(-0.1, 0.01, 0.04, 0.02, 0.912))
+
+    monkeypatch.setattr(AIS, "run", bounded)
+    assert main(["density", "mixture9", *FAST, "--out", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("ELBO -0.1000 ± 0.0100, EUBO 0.0400 ± 0.0200, forward ESS 0.912")
+    assert lines[at - 1].startswith("log Z ")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bounds"]["eubo"] == 0.04
 
 
 def test_the_written_configuration_repeats_the_run(run_folder, tmp_path, capsys):

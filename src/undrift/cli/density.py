@@ -24,6 +24,7 @@ from undrift.density.archive import save_draws
 from undrift.density.summary import summarise
 from undrift.report import text_table, write_json, write_report
 from undrift.report.density import parameters_table
+from undrift.report.learning import bounds_line
 
 __all__ = ["DensityRun", "import_target"]
 
@@ -318,6 +319,8 @@ def _say(summary: dict[str, Any]) -> None:
             + f", {summary['promise']}"
             + ("" if truth is None else f"; the target's is {truth:.4f}")
         )
+    if summary["bounds"] is not None:
+        print(bounds_line(summary["bounds"]))
     print()
     for line in summary["warnings"]:
         print(f"warning: {line}")
