@@ -32,7 +32,8 @@ class Bounds:
     Attributes:
         elbo: mean log weight of the sampler's paths; -inf if one has no weight.
         elbo_std_error: its standard error; NaN where it has none.
-        eubo: mean log weight of paths walked back from exact samples; None without exact samples, as what follows.
+        eubo: mean log weight of paths walked back from exact samples; None without exact samples, as what follows. NaN
+            if one left the numbers.
         eubo_std_error: its standard error.
         forward_ess: effective share of draws by these paths, in [0, 1].
         forward_log_z: log Z by these paths.
@@ -54,8 +55,10 @@ def bounds(log_weights: Tensor, forward: Tensor | None = None) -> Bounds:
         forward: of paths walked back from exact samples of the target, of any shape; None where there are none.
 
     Raises:
-        ValueError: if there is no weight, or one is not a number.
+        ValueError: if there is no weight, or one of the sampler's is not a number.
     """
+    if bool(log_weights.isnan().any()):
+        raise ValueError("bounds: log_weights hold NaN; a path that left the numbers has the weight 0, so -inf.")
     elbo, error = _mean("log_weights", log_weights)
     if forward is None:
         return Bounds(elbo, error)
@@ -69,9 +72,8 @@ def bounds(log_weights: Tensor, forward: Tensor | None = None) -> Bounds:
 def _mean(name: str, log_w: Tensor) -> tuple[float, float]:
     """Mean and its standard error."""
     values = log_w.double().reshape(-1)
-    if not len(values) or bool(values.isnan().any()):
-        what = "a weight that is not a number" if len(values) else "no weights"
-        raise ValueError(f"bounds: {name} of shape {tuple(log_w.shape)} holds {what}; mask such paths as -inf.")
+    if not len(values):
+        raise ValueError(f"bounds: {name} of shape {tuple(log_w.shape)} holds no weights; give at least one.")
     mean = float(values.mean())
     if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan

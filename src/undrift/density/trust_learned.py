@@ -69,6 +69,12 @@ def impossible(draws: Draws) -> Iterator[str]:
         )
     if bounds.eubo is None:
         return
+    if math.isnan(bounds.eubo) or bounds.eubo == math.inf:
+        yield (
+            f"EUBO came out as {bounds.eubo}: paths walked back from exact samples leave the numbers, so that nothing "
+            "can be said about parts that the sampler does not visit. Take more steps, or float64 (dtype)."
+        )
+        return
     error = bounds.eubo_std_error or 0.0
     if truth is not None:
         whose, (value, other) = "the target's log Z", truth
@@ -92,6 +98,8 @@ def unseen(draws: Draws) -> Iterator[str]:
     """Parts of the target that exact samples visit and the sampler does not; only for weights that look even."""
     bounds = draws.bounds
     if bounds is None or bounds.eubo is None or draws.walker_log_weights is None:
+        return
+    if not bounds.eubo < math.inf:  # nothing to compare, which is said already
         return
     log_w = draws.walker_log_weights.double().reshape(-1)
     share = float(effective_sample_size(log_w)) / len(log_w)
