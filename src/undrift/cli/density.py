@@ -19,7 +19,7 @@ import undrift.density.targets  # noqa: F401  a family is what is in memory
 from undrift._memory import keep_memory
 from undrift.cli.common import Clock, begin, finish
 from undrift.config import ConfigError
-from undrift.density import Affine, Auto, Method, Target
+from undrift.density import Affine, Auto, Method, Target, Trained, TrainedSampler
 from undrift.density.archive import save_draws
 from undrift.density.summary import summarise
 from undrift.report import text_table, write_json, write_report
@@ -30,7 +30,8 @@ __all__ = ["DensityRun", "import_target"]
 
 _STATE = "state.safetensors"
 _STATE_AGAIN = f"{_STATE}.again"  # of a second run, where Auto saw more in the first one's draws
-_FILES = ("draws.safetensors", "summary.json", "run.json", "report.html")
+_SAMPLER = "sampler.safetensors"  # what a learned sampler has learned
+_FILES = ("draws.safetensors", _SAMPLER, "summary.json", "run.json", "report.html")
 _SHOWN = 24
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -105,11 +106,15 @@ class DensityRun:
             device=device,
         )
         save_draws(out / "draws.safetensors", draws)
+        if isinstance(draws.sampler, TrainedSampler) and not isinstance(method, Trained):
+            draws.sampler.save(out / _SAMPLER)
         summary = summarise(draws)
         write_json(out / "summary.json", summary)
         finish(out, command, clock)
         _say(summary)
         print(f"draws    {out / 'draws.safetensors'}")
+        if (out / _SAMPLER).exists():
+            print(f"sampler  {out / _SAMPLER}")
         print(f"summary  {out / 'summary.json'}")
         print(f"report   {write_report(out)}")
         return 0

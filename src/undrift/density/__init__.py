@@ -14,6 +14,7 @@ from undrift.density.anneal import (
 )
 from undrift.density.auto import Auto, Survey, survey
 from undrift.density.bounds import Bounds, bounds
+from undrift.density.controlled import CMCD, DDS, DIS, PIS, Bridge, Controlled, Trained, TrainedSampler
 from undrift.density.coordinates import Affine, Coordinates, Laplace
 from undrift.density.draws import Draws
 from undrift.density.law import Normal, StudentT
@@ -32,9 +33,13 @@ from undrift.density.variational import MeanField
 
 __all__ = [
     "AIS",
+    "CMCD",
+    "DDS",
+    "DIS",
     "HMC",
     "MALA",
     "MCMC",
+    "PIS",
     "SMC",
     "ULA",
     "Adapted",
@@ -45,6 +50,8 @@ __all__ = [
     "Annealing",
     "Auto",
     "Bounds",
+    "Bridge",
+    "Controlled",
     "Coordinates",
     "Cycle",
     "Dilation",
@@ -81,6 +88,8 @@ __all__ = [
     "TargetError",
     "TemperedDilation",
     "Tilt",
+    "Trained",
+    "TrainedSampler",
     "Underdamped",
     "anneal",
     "bounds",

@@ -44,6 +44,7 @@ class Draws:
         training: how a sampler that learns was trained: rows of step, loss, elbo, log_z, ess (a share), gradient_norm,
             skipped (steps so far that were left out, for want of a finite loss or gradient), seconds, and others; None
             for what a row does not know.
+        sampler: what was trained, a TrainedSampler, to draw more or to be saved; not part of the file of these draws.
     """
 
     target: Target
@@ -62,6 +63,7 @@ class Draws:
     seconds: float = math.nan
     bounds: Bounds | None = None
     training: Sequence[Mapping[str, Any]] = ()
+    sampler: Any = None
 
     def __repr__(self) -> str:
         repeats, walkers, length, d = self.states.shape

@@ -230,16 +230,20 @@ def reversal(
         ValueError: for a process without density where one is needed.
     """
     times = grid.times(process, steps)
-    snr, row = process._weights(times.clamp(min=0))
-    known = torch.where(torch.isinf(snr), torch.ones_like(snr), snr / (1 + snr))  # 1 - Var(x0 | z)
-    look = torch.where(snr.unsqueeze(-1) > 0, row * known.unsqueeze(-1), torch.zeros_like(row))
-    mean, noise = process.kernel(times)
-    start = process.start()[1:, 1:]
-    if len(start) and float(torch.linalg.eigvalsh(start.detach())[0]) <= 0:
+    start = process.start()
+    if len(start) > 1 and float(torch.linalg.eigvalsh(start.detach()[1:, 1:])[0]) <= 0:
         raise ValueError(
             f"{type(process).__name__}: auxiliaries that start without noise have no density at the target, and paths "
             "no weights; give them a start (aux_scale or start_cov above 0)."
         )
+    # At t = 0 z shows x0 itself: known without a computation, whose derivatives there would be infinite.
+    data = torch.eye(len(start), dtype=torch.float64)[:1]
+    snr, row = process._weights(times[:-1])
+    unknown = torch.cat([1 / (1 + snr), torch.zeros(1, dtype=torch.float64)])
+    look = torch.where(snr.unsqueeze(-1) > 0, row * (snr / (1 + snr)).unsqueeze(-1), torch.zeros_like(row))
+    look = torch.cat([look, data])
+    mean, noise = process.kernel(times[:-1])
+    mean, noise = torch.cat([mean, data]), torch.cat([noise, psd_sqrt(start).unsqueeze(0)])
     whole = sqrt_sum(mean.unsqueeze(-1), noise)
     pinned = not bool(whole[0].detach().any())
     phi, root = process.transition(times[1:], times[:-1])
@@ -266,9 +270,9 @@ def reversal(
         rows = Rows(a, b, forth), Rows(phi, push, root)
     else:
         raise ValueError(f"reversal: integrator must be exponential or euler, got {integrator!r}.")
-    label = angle(process, times) / (0.5 * math.pi)
-    end = psd_sqrt(start) if len(start) else start
-    return Chain(times, label, *rows, whole, end, look, 1 / (1 + snr))
+    label = torch.cat([angle(process, times[:-1]), torch.zeros(1, dtype=torch.float64)]) / (0.5 * math.pi)
+    end = psd_sqrt(start[1:, 1:])
+    return Chain(times, label, *rows, whole, end, look, unknown)
 
 
 def _euler(process: LinearProcess, times: Tensor, whole: Tensor, look: Tensor) -> tuple[Rows, Rows]:

@@ -106,12 +106,14 @@ class Tables(NamedTuple):
         chain: in the states' dtype and on their device.
         noise: factor of all noise, (d,), or None.
         beta: exponent of the target at each time, (K + 1,), for annealed ones.
+        cut: largest entry of the force there, likewise: what moves a walker by one unit of the prior in a step.
         forward, backward: of the fields.
     """
 
     chain: Chain
     noise: Tensor | None
     beta: Tensor | None
+    cut: Tensor | None
     forward: tuple[Tensor, ...]
     backward: tuple[Tensor, ...]
 
@@ -127,6 +129,8 @@ class ControlledDiffusion(nn.Module):
         dim: d.
         seed: of the networks.
     """
+
+    log_z: Tensor
 
     def __init__(self, scheme: Scheme, dim: int, seed: int = 0) -> None:
         super().__init__()
@@ -155,7 +159,7 @@ class ControlledDiffusion(nn.Module):
         self.prior_loc = nn.Parameter(zeros.clone()) if prior else None
         self.prior_log_scale = nn.Parameter(zeros.clone()) if prior else None
         self.level_logits = nn.Parameter(torch.zeros(_LEVEL_KNOTS)) if "levels" in scheme.learn else None
-        self.register_buffer("log_z", torch.zeros(()))
+        self.register_buffer("log_z", torch.tensor(math.nan, dtype=torch.float64))  # of trajectory balance
         self._chains: dict[tuple[int, torch.dtype, torch.device], Chain] = {}
 
     # -- tables --------------------------------------------------------------------------------------------------------
@@ -186,12 +190,14 @@ class ControlledDiffusion(nn.Module):
             if key not in self._chains:
                 self._chains[key] = self.base_chain(steps).to(like.dtype, like.device)
             chain = self._chains[key]
-        beta = None
+        beta = cut = None
         if self.scheme.annealed:
             beta = self._beta(1 - chain.label)
+            most = chain.forward.gain.abs().amax(-1)
+            cut = torch.cat([most, most[-1:]]).reciprocal()
         noise = None if self.log_noise is None else self.log_noise.exp().to(like)
         back = () if self.backward_control is None else self.backward_control.times(chain)
-        return Tables(chain, noise, beta, self.control.times(chain), back)
+        return Tables(chain, noise, beta, cut, self.control.times(chain), back)
 
     def _beta(self, u: Tensor) -> Tensor:
         if self.level_logits is None:
@@ -302,13 +308,15 @@ class ControlledDiffusion(nn.Module):
         return v if tables.noise is None else v / tables.noise
 
     def _force(self, tables: Tables, at: slice, z: Tensor, score: Tensor | None) -> Tensor:
-        """grad log of gamma^beta nu^(1 - beta) on the data channel."""
-        assert tables.beta is not None and score is not None
-        beta = tables.beta[at][:, None, None]
+        """grad log of gamma^beta nu^(1 - beta) on the data channel, cut where a step would leave the prior's range."""
+        assert tables.beta is not None
+        assert tables.cut is not None
+        assert score is not None
+        beta, cut = (part[at][:, None, None] for part in (tables.beta, tables.cut))
         x = z[:, 0]
         if self.prior_loc is not None and self.prior_log_scale is not None:
             x = (x - self.prior_loc.to(x)) * (-2 * self.prior_log_scale.to(x)).exp()
-        return beta * score - (1 - beta) * x
+        return torch.clamp(beta * score - (1 - beta) * x, -cut, cut)
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -355,7 +363,9 @@ class ControlledDiffusion(nn.Module):
         steps = tables.chain.steps
         for first in range(0, steps, chunk or steps):
             at = slice(first, min(first + (chunk or steps), steps))
-            known = None if paths.control is None or torch.is_grad_enabled() else paths.control[at]
+            walked = paths.control
+            usable = walked is not None and (walked.requires_grad or not torch.is_grad_enabled())
+            known = walked[at] if walked is not None and usable else None
             forth, home = self.log_kernels(tables, at, paths, known)
             total = total + (home.double() - forth.double()).sum(0)
         return total
