@@ -99,10 +99,10 @@ def test_losses_of_a_constant_control_and_their_gradients():
 
     pathwise = Quadratic.of(lambda noise: along(noise, learner), steps + 1, graph=True)
     kl = LOG_Z - pathwise.mean
-    assert float(kl) == pytest.approx(1.0898684, abs=5e-8)
-    assert float(kl) == pytest.approx(2.5 * (0.1 - best) ** 2, rel=1e-12)
+    assert float(kl.detach()) == pytest.approx(1.0898684, abs=5e-8)
+    assert float(kl.detach()) == pytest.approx(2.5 * (0.1 - best) ** 2, rel=1e-12)
     given = Quadratic.of(lambda noise: along(noise, driver), steps + 1, graph=True)
-    assert float(given.var) == pytest.approx(2.1797369, abs=5e-8)
+    assert float(given.var.detach()) == pytest.approx(2.1797369, abs=5e-8)
     (grad_kl,) = torch.autograd.grad(kl, theta, retain_graph=True)
     (grad_lv,) = torch.autograd.grad(given.var, theta)
     assert float(grad_lv) == pytest.approx(-6.6026311, abs=5e-8)
@@ -281,6 +281,8 @@ def cases() -> dict[str, Scheme]:
     found = {}
     for name, process in REVERSALS.items():
         for label, settings in CONTROLS.items():
+            if name in ("SubVP", "MALDA") and label not in ("informed", "bridge", "bridge, noise"):
+                continue
             found[f"{name}: {label}"] = Scheme(process, GRIDS.get(name, EqualTimes()), 6, **settings)
         if process.channels == 1:
             found[f"{name}: score"] = Scheme(process, EqualAngles(), 6, Informed(**SMALL), gain="score")
