@@ -8,7 +8,9 @@ Without resampling the weight of a walker is the ratio of path densities of chai
 
 are resampled where weights have become uneven, and may be moved by kernels that leave :math:`\psi_{k+1}` invariant: a
 particle denoising diffusion sampler for the reversal, sequential controlled Langevin for an annealed one. Either way
-the mean weight has mean Z, for any control and any twist that was fixed before the run.
+the mean weight has mean Z, for any control and any twist that was fixed before the run and vanishes nowhere. Where
+gamma is 0 the twists here are too: walkers that would have come back are lost, so a target with an edge, of log density
+-inf beyond it, is not for resampling.
 
 References:
     Phillips et al., Particle Denoising Diffusion Sampler, 2024. Chen et al., Sequential Controlled Langevin
@@ -121,7 +123,7 @@ def walk(
         generator: all randomness.
         dtype: of the walkers; networks compute in their own.
         steps: K, where it is not the scheme's.
-        resampling: null for plain importance weights.
+        resampling: null for plain importance weights; not for a target whose log density is -inf in places.
         move: an exact move of :mod:`undrift.density.move`, made after each resampling.
         moves: how many.
         size: their step size eps, in units of the smallest variance of psi's reference at the time.
