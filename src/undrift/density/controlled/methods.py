@@ -18,7 +18,7 @@ A control is a function of continuous time: it may be trained with few steps and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ from undrift.density.schedule import Resampling
 from undrift.density.session import Session
 from undrift.process.catalog import VP, BrownianBridge
 from undrift.process.clock import ConstantClock, LinearClock
-from undrift.process.learned import LearnedProcess
 from undrift.process.linear import LinearProcess
 
 __all__ = ["CMCD", "DDS", "DIS", "PIS", "Bridge", "Controlled"]
@@ -92,17 +91,18 @@ class Controlled(Method):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for key, value in (("steps", self.steps), ("train_steps", self.train_steps or 1), ("moves", self.moves)):
-            if value < 1:
-                raise ValueError(f"{name}: {key} must be at least 1, got {value}.")
+        for key in ("steps", "moves", *(["train_steps"] if self.train_steps is not None else [])):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{name}: {key} must be at least 1, got {getattr(self, key)}.")
+        for key, known in (("integrator", ("exponential", "euler")), ("gain", ("posterior", "score"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{name}: {key} must be {' or '.join(known)}, got {getattr(self, key)!r}.")
+        if len({*self.learn} & {*get_args(Learnable)}) < len(self.learn):
+            raise ValueError(
+                f"{name}: learn holds some of {', '.join(get_args(Learnable))}, each once, got {', '.join(self.learn)}."
+            )
         if not self.move_size > 0:
             raise ValueError(f"{name}: move_size must be positive, got {self.move_size}.")
-        kernels = [*self.learn, *(["process"] if isinstance(self.process, LearnedProcess) else [])]
-        if kernels and not self.objective.learns_kernels:
-            raise ValueError(
-                f"{name}: {', '.join(kernels)} cannot be learned with {type(self.objective).__name__}, which bounds "
-                "nothing once the backward kernels move too; take objective: LogDerivative (or KL)."
-            )
         if self.annealed and (self.backward is not None or not isinstance(self.control, Plain)):
             raise ValueError(
                 f"{name}: an annealed diffusion has the target's score in both directions already; its control is "
@@ -119,7 +119,8 @@ class Controlled(Method):
                 f"{name}: resampling weighs walkers by the target on the way, which {type(self.control).__name__} "
                 "never asks; take Informed or Potential."
             )
-        self.scheme(1)
+        self.objective.validate(self.scheme(), self.training.batch)
+        ControlledDiffusion(self.scheme(), 1)  # for its errors
 
     def scheme(self, steps: int | None = None) -> Scheme:
         """What is controlled, with the given number of steps."""
@@ -136,10 +137,16 @@ class Controlled(Method):
         )
 
     def draw(self, session: Session) -> Draws:
-        resumed, seen, generator = session.resumed, session.see(self.coordinates), session.generator
-        diffusion = ControlledDiffusion(self.scheme(self.train_steps), seen.dim, session.seed)
-        if resumed is None:
-            self._probe(diffusion, session)
+        generator = session.generator
+        diffusion = ControlledDiffusion(self.scheme(self.train_steps), session.target.dim, session.seed)
+        diffusion.to(generator.device)
+        with torch.no_grad():  # a chain that does not exist is found before any work
+            diffusion.tables(torch.zeros((), dtype=self.training.dtype, device=generator.device))
+            diffusion.tables(torch.zeros((), dtype=session.dtype, device=generator.device), self.steps)
+        resumed, seen = session.resumed, session.see(self.coordinates)
+        if resumed is None:  # the target is tried where walkers come
+            z = torch.randn(64, seen.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            seen.check(z.to(generator.device, session.dtype))
 
         def save(entry: Any, force: bool) -> None:
             def full() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,14 +171,6 @@ class Controlled(Method):
         draws = sampler.draws_of(seen, session.n, session.repeats, generator, session.dtype, progress=session.progress)
         session.journal.close()
         return draws
-
-    def _probe(self, diffusion: ControlledDiffusion, session: Session) -> None:
-        """Check the target where walkers start, before any work."""
-        like = torch.zeros((), dtype=session.dtype, device=session.generator.device)
-        with torch.no_grad():
-            diffusion.to(like.device)
-            z = torch.randn(64, session.seen.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-            session.seen.check(z.to(like))
 
     def in_words(self) -> str:
         """One line for reports."""

@@ -28,16 +28,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, Tables
+from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, Scheme, Tables, clean
 from undrift.density.target import Target
 from undrift.measure.evidence import effective_sample_size, log_mean_exp
+from undrift.process.learned import LearnedProcess
 
 __all__ = [
     "KL",
@@ -74,6 +75,12 @@ class Work:
     chunk: int | None = None
     teacher: ControlledDiffusion | None = None
 
+    def pieces(self, tables: Tables) -> list[slice]:
+        """Steps whose graphs are kept at a time."""
+        steps = tables.chain.steps
+        chunk = self.chunk or steps
+        return [slice(first, min(first + chunk, steps)) for first in range(0, steps, chunk)]
+
     def tables(self) -> Tables:
         """The diffusion's tables, with their graph."""
         return self.diffusion.tables(torch.zeros((), dtype=self.dtype, device=self.generator.device))
@@ -105,6 +112,15 @@ class Objective(ABC):
 
     learns_kernels: ClassVar[bool] = False
     """Whether it may train more than controls: noise, prior, levels, a learned process."""
+
+    def validate(self, scheme: Scheme, batch: int) -> None:
+        """Raise a ValueError for a scheme, or a number of paths a step, that it cannot be trained with."""
+        kernels = [*scheme.learn, *(["process"] if isinstance(scheme.process, LearnedProcess) else [])]
+        if kernels and not self.learns_kernels:
+            raise ValueError(
+                f"{', '.join(kernels)} cannot be learned with {type(self).__name__}, which bounds nothing once the "
+                "backward kernels move too; take objective: LogDerivative (or KL)."
+            )
 
     @abstractmethod
     def runner(self, work: Work) -> Runner:
@@ -150,8 +166,9 @@ def lost(log_w: Tensor) -> dict[str, float]:
 
 
 def facts(loss: float, log_w: Tensor) -> dict[str, float]:
-    """What the weights of a batch say."""
-    finite = log_w[torch.isfinite(log_w)]
+    """What the weights of a batch say; paths that left the numbers have the weight 0, and no part in the ELBO."""
+    good = torch.isfinite(log_w)
+    finite, log_w = log_w[good], log_w.masked_fill(~good, -math.inf)
     return {
         "loss": loss,
         "elbo": float(finite.mean()),
@@ -173,48 +190,57 @@ class Coefficients(NamedTuple):
 
 
 def backpropagate(
-    work: Work, tables: Tables, paths: Paths, known: Tensor | None, coefficients: object, ends: bool
+    work: Work, tables: Tables, paths: Paths, coefficients: Callable[[Tensor], Coefficients], ends: bool
 ) -> tuple[Tensor, Coefficients]:
     """Add the gradient of a loss of R to the parameters: (log w, coefficients).
 
+    log w is found on the way, and costs a pass of its own only if the graph is cut into chunks, or if paths have to be
+    dropped: where log w is no number, nothing is learned.
+
     Args:
         work, tables, paths: what is differentiated.
-        known: log w where it is known already; else it is found on the way, and costs a pass of its own only if the
-            graph is cut into chunks.
         coefficients: maps R (batch,) to :class:`Coefficients`.
         ends: whether the ends of the paths have parameters.
     """
-    d, steps = work.diffusion, tables.chain.steps
-    chunk = min(work.chunk or steps, steps)
-    with torch.set_grad_enabled(ends):
-        total = d.log_ends(tables, paths)
-    if chunk == steps:
-        forth, home = d.log_kernels(tables, slice(0, steps), paths)
-        forth, home = forth.sum(0), home.sum(0)
-        log_w = known if known is not None else (total.detach().double() + home.detach() - forth.detach())
-        c: Coefficients = coefficients(-log_w)  # type: ignore[operator]
-        surrogate = (c.forward.to(forth) * forth - c.backward.to(home) * home).sum()
-        if ends:
-            surrogate = surrogate + _ends(d, tables, paths, c)
-        surrogate.backward()
-        return log_w, c
-    if known is None:
+    d, pieces = work.diffusion, work.pieces(tables)
+    kernels = None
+    if len(pieces) == 1:
+        kernels = forth, home = d.log_kernels(tables, pieces[0], paths, _control(work, tables, pieces[0], paths))
         with torch.no_grad():
-            known = d.log_weights(tables, paths, chunk)
-    c = coefficients(-known)  # type: ignore[operator]
-    if ends:
-        _ends(d, tables, paths, c).backward(retain_graph=True)
-    for first in range(0, steps, chunk):
-        at = slice(first, min(first + chunk, steps))
-        forth, home = d.log_kernels(tables, at, paths)
-        surrogate = (c.forward.to(forth) * forth.sum(0) - c.backward.to(home) * home.sum(0)).sum()
-        surrogate.backward(retain_graph=at.stop < steps)  # the tables are shared by all chunks
-    return known, c
+            log_w = d.log_ends(tables, paths).double() + (home.double() - forth.double()).sum(0)
+    else:
+        with torch.no_grad():
+            log_w = d.log_weights(tables, paths, work.chunk)
+    c, good = coefficients(-log_w), torch.isfinite(log_w)
+    forward, backward = c.forward, c.backward
+    if not bool(good.all()):  # a coefficient of 0 would not do: 0 times what is no number is none either
+        index = good.nonzero().squeeze(-1)
+        paths, forward, backward, kernels = paths.take(index), forward[index], backward[index], None
+        if len(index) == 0:
+            return log_w, c
+    for at in pieces:
+        forth, home = kernels or d.log_kernels(tables, at, paths, _control(work, tables, at, paths))
+        surrogate = (forward.to(forth) * forth.sum(0) - backward.to(home) * home.sum(0)).sum()
+        last = at.stop == tables.chain.steps
+        if ends and last:
+            start, finish = d.log_start(tables, paths.z[0]), d.log_finish(tables, paths.z[-1])
+            surrogate = surrogate + (forward.to(start) * start - backward.to(finish) * finish).sum()
+        surrogate.backward(retain_graph=not last)  # the tables are shared by all chunks
+    return log_w, c
 
 
-def _ends(d: ControlledDiffusion, tables: Tables, paths: Paths, c: Coefficients) -> Tensor:
-    start, finish = d.log_start(tables, paths.z[0]), d.log_finish(tables, paths.z[-1])
-    return (c.forward.to(start) * start - c.backward.to(finish) * finish).sum()
+def _control(work: Work, tables: Tables, at: slice, paths: Paths) -> Tensor | None:
+    """The forward control where what is learned moves the points at which the target is asked; else None.
+
+    A process that is learned decides where on a state the control looks: the answers that were kept are right, but
+    their derivative is the target's Hessian, and has to be asked for.
+    """
+    if paths.score is None or work.diffusion.scheme.annealed or not tables.chain.look.requires_grad:
+        return None
+    z = paths.z[at]
+    y = work.diffusion.look(tables, at, z)
+    value, score = clean(work.target, y.flatten(0, 1), True)
+    return work.diffusion.forward_control(tables, at, z, value.unflatten(0, y.shape[:2]), score.view_as(y))
 
 
 def centred(r: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +259,7 @@ class Replay:
 
     Args:
         capacity: points that are kept, the latest.
-        fraction: of each batch that comes from them.
+        fraction: of each batch that comes from them; at least one path of each batch is walked.
         power: points are chosen in proportion to their weights to this power: 0 uniformly, 1 as the target would.
     """
 
@@ -244,8 +270,10 @@ class Replay:
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError(f"Replay: capacity must be at least 1, got {self.capacity}.")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"Replay: fraction must lie in (0, 1], got {self.fraction}.")
+        if not 0 < self.fraction < 1:
+            raise ValueError(
+                f"Replay: fraction must lie in (0, 1), got {self.fraction}: points have to come from walks."
+            )
         if not 0 <= self.power <= 1:
             raise ValueError(f"Replay: power must lie in [0, 1], got {self.power}.")
 
@@ -282,23 +310,21 @@ class _PathRunner(Runner):
         work, o, tables = self.work, self.objective, self.work.tables()
         replayed = 0
         if self.buffer is not None and self.buffer.x is not None:
-            replayed = round(self.buffer.rule.fraction * work.batch)
-        walked = None
-        if work.batch > replayed:
-            walked = self._walk(tables, work.batch - replayed)
-        paths = walked
+            replayed = min(round(self.buffer.rule.fraction * work.batch), work.batch - 1)
+        walked = paths = self._walk(tables, work.batch - replayed)
         if replayed and self.buffer is not None:
             x = self.buffer.draw(replayed, work.generator)
-            back = work.diffusion.walk_back(work.target, tables, x, work.generator)
-            paths = back if walked is None else _join(walked, back)
-        assert paths is not None
-        log_w, c = backpropagate(work, tables, paths, None, lambda r: o.coefficients(r, work), self.ends)
+            paths = _join(walked, work.diffusion.walk_back(work.target, tables, x, work.generator))
+        log_w, c = backpropagate(work, tables, paths, lambda r: o.coefficients(r, work), self.ends)
         if not math.isfinite(c.loss):
             return lost(log_w)
-        own = log_w[: work.batch - replayed] if walked is not None else log_w
-        if self.buffer is not None and walked is not None:
+        own = log_w[: work.batch - replayed]
+        if self.buffer is not None:
             self.buffer.add(walked.x, own)
-        return facts(c.loss, own)
+        found = facts(c.loss, own)
+        if o.spread != 1.0:  # weights of paths that are not the diffusion's own: their mean is no bound
+            return {key: found[key] for key in ("loss", "dropped")}
+        return found
 
     def _walk(self, tables: Tables, n: int) -> Paths:
         work, o = self.work, self.objective
@@ -316,7 +342,8 @@ class _PathRunner(Runner):
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         if self.buffer is not None and "replay.x" in tensors:
-            self.buffer.x, self.buffer.log_w = tensors["replay.x"], tensors["replay.log_w"]
+            device = self.work.generator.device
+            self.buffer.x, self.buffer.log_w = (tensors[f"replay.{key}"].to(device) for key in ("x", "log_w"))
 
 
 def _join(a: Paths, b: Paths) -> Paths:
@@ -343,12 +370,14 @@ class _PathObjective(Objective):
         if self.paths_per_start > 1 and self.replay is not None:
             raise ValueError(f"{name}: paths that share a start cannot come from a replay buffer; give one of them.")
 
-    def runner(self, work: Work) -> Runner:
-        if work.batch % self.paths_per_start:
+    def validate(self, scheme: Scheme, batch: int) -> None:
+        super().validate(scheme, batch)
+        if batch % self.paths_per_start:
             raise ValueError(
-                f"{type(self).__name__}: batch = {work.batch} is no multiple of paths_per_start = "
-                f"{self.paths_per_start}."
+                f"{type(self).__name__}: batch = {batch} is no multiple of paths_per_start = {self.paths_per_start}."
             )
+
+    def runner(self, work: Work) -> Runner:
         return _PathRunner(self, work)
 
     @abstractmethod
@@ -413,6 +442,11 @@ class TrajectoryBalance(_PathObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.paths_per_start != 1:
+            raise ValueError(
+                "TrajectoryBalance: log Z is one number, whatever the start; leave paths_per_start = 1, or take "
+                "LogVariance."
+            )
         if not 0 < self.rate <= 1:
             raise ValueError(f"TrajectoryBalance: rate must lie in (0, 1], got {self.rate}.")
 
@@ -439,6 +473,8 @@ class TrustRegion(Objective):
     The next path density is as near to the target's as a divergence of ``bound`` from the present one allows; eta comes
     from the weights of the buffer by bisection. Between two refreshments the target is not asked at all.
 
+    It trains the forward control alone: noise, process and backward kernels have to be fixed.
+
     Args:
         bound: largest divergence of the next path measure from the present one, in nats.
         buffer: paths that are kept.
@@ -456,13 +492,21 @@ class TrustRegion(Objective):
             if getattr(self, key) < 1:
                 raise ValueError(f"TrustRegion: {key} must be at least 1, got {getattr(self, key)}.")
 
+    def validate(self, scheme: Scheme, batch: int) -> None:
+        super().validate(scheme, batch)
+        if scheme.backward is not None or scheme.annealed:
+            raise ValueError(
+                "TrustRegion: trains the forward control towards fixed backward kernels, and these have a control of "
+                "their own; take LogVariance or LogDerivative, or a diffusion with backward: null, annealed: false."
+            )
+
     def runner(self, work: Work) -> Runner:
         return _TrustRunner(self, work)
 
 
 def tempering(log_w: Tensor, bound: float) -> float:
     """Largest eta in [0, 1] for which the weights w^eta diverge from equal ones by no more than ``bound`` nats."""
-    log_w = log_w[torch.isfinite(log_w)]
+    log_w = log_w[torch.isfinite(log_w)].double()
 
     def divergence(eta: float) -> float:
         p = (eta * log_w).log_softmax(0)
@@ -487,42 +531,47 @@ class _TrustRunner(Runner):
     def step(self) -> dict[str, float]:
         work, tables = self.work, self.work.tables()
         if self.paths is None or self.age >= self.objective.refresh:
-            self._refresh(tables)
-        assert self.paths is not None
-        generator = work.generator
+            log_w = self._refresh(tables)
+            if self.paths is None:
+                return lost(log_w)
+        generator, pieces = work.generator, work.pieces(tables)
         index = torch.randint(len(self.old), (work.batch,), generator=generator, device=generator.device)
         paths, old, log_w = self.paths.take(index), self.old[index], self.log_w[index]
-        d, steps = work.diffusion, tables.chain.steps
-        chunk = min(work.chunk or steps, steps)
-        pieces = [slice(i, min(i + chunk, steps)) for i in range(0, steps, chunk)]
-        start = d.log_start(tables, paths.z[0])
+        kernels = None
         if len(pieces) == 1:
-            forward = start + self._forward(tables, pieces[0], paths)
-            c = self._coefficients(forward.detach(), old, log_w)
-            (c.forward.to(forward) * forward).sum().backward()
+            kernels = self._forward(tables, pieces[0], paths)
+            forward = self._start(tables, paths) + kernels.detach().double()
         else:
-            with torch.no_grad():
-                forward = start + sum(self._forward(tables, at, paths) for at in pieces)
-            c = self._coefficients(forward, old, log_w)
-            for at in pieces:
-                (c.forward.to(start) * self._forward(tables, at, paths)).sum().backward(retain_graph=True)
-        self.age += 1
-        return {**self.facts, "loss": c.loss, "eta": self.eta}
-
-    def _coefficients(self, forward: Tensor, old: Tensor, log_w: Tensor) -> Coefficients:
-        miss, count = centred(forward.double() - old - self.eta * log_w, 1)
+            forward = self._whole(tables, paths)
+        miss, count = centred(forward - old - self.eta * log_w, 1)
         c = 2 * miss / (count - 1).clamp(min=1)
-        return Coefficients(float((0.5 * c * miss).sum()), c, c)
+        for at in pieces:
+            part = self._forward(tables, at, paths) if kernels is None else kernels
+            (c.to(part) * part).sum().backward(retain_graph=at.stop < tables.chain.steps)
+        self.age += 1
+        return {**self.facts, "loss": float((0.5 * c * miss).sum()), "eta": self.eta}
 
     def _forward(self, tables: Tables, at: slice, paths: Paths) -> Tensor:
         """log F of the steps ``at``, (batch,)."""
-        d, z = self.work.diffusion, paths.z[at.start : at.stop + 1]
+        z = paths.z[at.start : at.stop + 1]
         value = None if paths.value is None else paths.value[at]
         score = None if paths.score is None else paths.score[at]
-        control = d.forward_control(tables, at, z[:-1], value, score)
-        return d.log_steps(tables, at, z, control, None)[0].sum(0)
+        control = self.work.diffusion.forward_control(tables, at, z[:-1], value, score)
+        return tables.chain.log_forward(at, z, control).sum(0)
 
-    def _refresh(self, tables: Tables) -> None:
+    def _start(self, tables: Tables, paths: Paths) -> Tensor:
+        return self.work.diffusion.log_start(tables, paths.z[0]).double()
+
+    @torch.no_grad()
+    def _whole(self, tables: Tables, paths: Paths) -> Tensor:
+        """log F of paths, (batch,), without a graph."""
+        total = self._start(tables, paths)
+        for at in self.work.pieces(tables):
+            total = total + self._forward(tables, at, paths).double()
+        return total
+
+    def _refresh(self, tables: Tables) -> Tensor:
+        """Walk the buffer anew: log w of all its paths; without a usable one, none are kept."""
         work = self.work
         parts, walked = [], 0
         while walked < self.objective.buffer:
@@ -534,16 +583,16 @@ class _TrustRunner(Runner):
             paths = _join(paths, part)
         with torch.no_grad():
             log_w = work.diffusion.log_weights(tables, paths, work.chunk)
-            good = torch.isfinite(log_w).nonzero().squeeze(-1)
-            paths, kept = paths.take(good), log_w[good]
-            forward = work.diffusion.log_start(tables, paths.z[0]).double()
-            steps = tables.chain.steps
-            chunk = min(work.chunk or steps, steps)
-            for first in range(0, steps, chunk):
-                forward = forward + self._forward(tables, slice(first, min(first + chunk, steps)), paths)
-        self.paths, self.old, self.log_w, self.age = paths, forward, kept, 0
-        self.eta = tempering(kept, self.objective.bound)
+        good = torch.isfinite(log_w).nonzero().squeeze(-1)
+        if len(good) == 0:
+            self.paths = None
+            return log_w
+        self.paths = paths._replace(control=None).take(good)
+        self.log_w, self.age = log_w[good], 0
+        self.old = self._whole(tables, self.paths)
+        self.eta = tempering(self.log_w, self.objective.bound)
         self.facts = facts(math.nan, log_w)
+        return log_w
 
     def state(self) -> Mapping[str, Tensor]:
         if self.paths is None:
@@ -554,7 +603,10 @@ class _TrustRunner(Runner):
         return {f"trust.{name}": part for name, part in {**found, **more, "facts": numbers}.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        found = {name.removeprefix("trust."): part for name, part in tensors.items() if name.startswith("trust.")}
+        device = self.work.generator.device
+        found = {
+            name.removeprefix("trust."): part.to(device) for name, part in tensors.items() if name.startswith("trust.")
+        }
         if not found:
             return
         self.paths = Paths(**{name: found.get(name) for name in Paths._fields})  # type: ignore[arg-type]

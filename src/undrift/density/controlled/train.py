@@ -64,6 +64,11 @@ class Training:
         if self.precision not in _DTYPES:
             raise ValueError(f"Training: precision must be float32 or float64, got {self.precision!r}.")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states."""
+        return _DTYPES[self.precision]
+
     def factor(self, step: int) -> float:
         """Share of the rate at a step."""
         if step < self.warmup:
@@ -99,14 +104,15 @@ def train(
         progress: show a bar.
 
     Returns:
-        The record: rows of "step", "loss", "elbo", "log_z", "ess", "gradient_norm", "skipped", "seconds".
+        The record: rows of "step", "seconds", "skipped" steps so far, and means since the row before of "loss",
+        "gradient_norm", "dropped" paths a step, and what else the objective says, such as "elbo", "log_z", "ess".
 
     Raises:
         FloatingPointError: if nothing can be learned from many steps in a row.
     """
     diffusion.to(generator.device)
     teacher = copy.deepcopy(diffusion).requires_grad_(False)
-    work = Work(diffusion, target, generator, settings.batch, _DTYPES[settings.precision], settings.chunk, teacher)
+    work = Work(diffusion, target, generator, settings.batch, settings.dtype, settings.chunk, teacher)
     runner = objective.runner(work)
     parameters = [p for p in diffusion.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=settings.rate) if parameters else None
