@@ -87,6 +87,11 @@ def _check(control: Plain | Informed | Potential) -> None:
             raise ValueError(f"{name}: {key} must be at least {least}, got {getattr(control, key)}.")
 
 
+def _most(control: Informed | Potential, unknown: Tensor) -> Tensor:
+    """Largest entry of the guide at V."""
+    return (control.reach / unknown.clamp(min=1e-30)).clamp(max=control.clip)
+
+
 # -- the network alone -------------------------------------------------------------------------------------------------
 
 
@@ -172,8 +177,7 @@ class _Informed(Field):
         gate, unknown = self.gate(label), chain.unknown.to(label).unsqueeze(-1)
         if self.control.interpolate:
             gate = gate * (1 - unknown)
-        most = (self.control.reach / unknown.clamp(min=1e-30)).clamp(max=self.control.clip)
-        return self.net.time(label), gate, most
+        return self.net.time(label), gate, _most(self.control, unknown)
 
     def forward(self, view: View, times: tuple[Tensor, ...]) -> Tensor:
         e, gate, most = times
@@ -193,16 +197,22 @@ class Potential(Control):
 
     Args:
         width, depth: of the network.
+        clip, reach: bounds of the guide in the control, as in :class:`Informed`; the value has none.
     """
 
     width: int = 64
     depth: int = 2
+    clip: float = 1e3
+    reach: float = 3.0
 
     def __post_init__(self) -> None:
         _check(self)
+        for key in ("clip", "reach"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"Potential: {key} must be positive, got {getattr(self, key)}.")
 
     def field(self, inputs: int, dim: int) -> Field:
-        return PotentialField(_net(self, inputs, dim))
+        return PotentialField(self, _net(self, inputs, dim))
 
 
 class PotentialField(Field):
@@ -210,20 +220,22 @@ class PotentialField(Field):
 
     guided = True
 
-    def __init__(self, net: TimeMLP) -> None:
+    def __init__(self, control: Potential, net: TimeMLP) -> None:
         super().__init__()
+        self.control = control
         self.net = net
         self.mixing = TimeGate(1, 0.0)
 
     def times(self, chain: Chain) -> tuple[Tensor, ...]:
         label = chain.label.to(self.net.outward.weight.dtype)
         mixing = self.mixing(label) - self.mixing(torch.zeros_like(label[:1]))
-        scale = (1 - chain.unknown.to(label)).clamp(min=1e-12).sqrt().reciprocal().unsqueeze(-1)
-        return self.net.time(label), mixing, scale
+        unknown = chain.unknown.to(label).unsqueeze(-1)
+        scale = (1 - unknown).clamp(min=1e-12).sqrt().reciprocal()
+        return self.net.time(label), mixing, scale, _most(self.control, unknown)
 
     def potential(self, view: View, times: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """G (steps, batch), up to a constant a time, and its gradient in y (steps, batch, d)."""
-        e, mixing, scale = times
+        """G (steps, batch), up to a constant a time, and its gradient in y (steps, batch, d), the guide bounded."""
+        e, mixing, scale, most = times
         assert view.guide is not None
         assert view.log_g is not None
         graph = torch.is_grad_enabled()
@@ -235,7 +247,8 @@ class PotentialField(Field):
         if not graph:
             learned, slope = learned.detach(), slope.detach()
         value = mixing * learned + (1 - mixing) * view.log_g
-        return value, as_rows(mixing) * slope + (1 - as_rows(mixing)) * view.guide
+        most = as_rows(most).to(view.guide)
+        return value, as_rows(mixing) * slope + (1 - as_rows(mixing)) * torch.clamp(view.guide, -most, most)
 
     def forward(self, view: View, times: tuple[Tensor, ...]) -> Tensor:
         return self.potential(view, times)[1]
