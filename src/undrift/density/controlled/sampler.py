@@ -77,7 +77,12 @@ class TrainedSampler:
             steps: K, if it is to be another than the method's: the control serves any.
             dtype, device: of the walkers.
             progress: show a bar.
+
+        Raises:
+            ValueError: for numbers that do not fit.
         """
+        if not 1 <= repeats <= n:
+            raise ValueError(f"repeats must be at least 1 and at most n, got {repeats} for n = {n}.")
         began, before = time.perf_counter(), self.target.evaluations.copy()
         self.diffusion.to(device)
         method = self.method if steps is None else replace(self.method, steps=steps)
@@ -170,9 +175,14 @@ class TrainedSampler:
         """A sampler from a file, for the target it was trained for.
 
         Raises:
+            FileNotFoundError: if there is none.
             ValueError: if the file is of something else, or of a target with another name or dimension.
         """
-        tensors, about = read_file(Path(path))
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"no trained sampler at {Path(path).absolute()}; undrift density writes sampler.safetensors."
+            )
+        tensors, about = read_file(path)
         if about.get("kind") != "sampler":
             raise ValueError(f"{path} holds no trained sampler.")
         if (about["target"], about["dim"]) != (target.name, target.dim):
@@ -200,6 +210,10 @@ class Trained(Method):
 
     path: str
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"Trained: steps must be at least 1, got {self.steps}.")
 
     def draw(self, session: Session) -> Draws:
         sampler = TrainedSampler.load(self.path, session.target)
