@@ -14,7 +14,7 @@ from undrift.density.anneal import (
 )
 from undrift.density.auto import Auto, Survey, survey
 from undrift.density.bounds import Bounds, bounds
-from undrift.density.controlled import CMCD, DDS, DIS, PIS, Bridge, Controlled, Trained, TrainedSampler
+from undrift.density.controlled import CMCD, DDS, DIS, PDDS, PIS, Bridge, Controlled, Trained, TrainedSampler
 from undrift.density.coordinates import Affine, Coordinates, Laplace
 from undrift.density.draws import Draws
 from undrift.density.law import Normal, StudentT
@@ -39,6 +39,7 @@ __all__ = [
     "HMC",
     "MALA",
     "MCMC",
+    "PDDS",
     "PIS",
     "SMC",
     "ULA",

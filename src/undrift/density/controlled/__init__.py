@@ -4,13 +4,15 @@ from undrift.density.controlled.chain import Chain, Rows, langevin, reversal
 from undrift.density.controlled.control import Control, Exact, Informed, Plain, Potential
 from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, Scheme, Tables
 from undrift.density.controlled.grid import EqualAngles, EqualTimes, GivenTimes, PowerTimes, TimeGrid
-from undrift.density.controlled.methods import CMCD, DDS, DIS, PIS, Bridge, Controlled
+from undrift.density.controlled.matching import AdjointMatching, ScoreMatching
+from undrift.density.controlled.methods import CMCD, DDS, DIS, PDDS, PIS, Bridge, Controlled
 from undrift.density.controlled.objective import (
     KL,
     LogDerivative,
     LogVariance,
     Objective,
     Replay,
+    Stages,
     TrajectoryBalance,
     TrustRegion,
 )
@@ -23,7 +25,9 @@ __all__ = [
     "DDS",
     "DIS",
     "KL",
+    "PDDS",
     "PIS",
+    "AdjointMatching",
     "Bridge",
     "Chain",
     "Control",
@@ -44,6 +48,8 @@ __all__ = [
     "Replay",
     "Rows",
     "Scheme",
+    "ScoreMatching",
+    "Stages",
     "Tables",
     "TimeGrid",
     "Trained",

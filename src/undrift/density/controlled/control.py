@@ -57,7 +57,9 @@ class Field(nn.Module, ABC):
     """A control for one target."""
 
     guided = False
-    """Whether it needs the target at y."""
+    """Whether it needs the target's gradient at y."""
+    valued = False
+    """Whether it needs the target's value there too."""
 
     def times(self, chain: Chain) -> tuple[Tensor, ...]:
         """What depends on time alone, a row a time of the chain: computed once for all walkers."""
@@ -219,6 +221,7 @@ class PotentialField(Field):
     """The field of :class:`Potential`; :meth:`potential` gives its value as well."""
 
     guided = True
+    valued = True
 
     def __init__(self, control: Potential, net: TimeMLP) -> None:
         super().__init__()

@@ -107,6 +107,8 @@ class Tables(NamedTuple):
         noise: factor of all noise, (d,), or None.
         beta: exponent of the target at each time, (K + 1,), for annealed ones.
         cut: largest entry of the force there, likewise: what moves a walker by one unit of the prior in a step.
+        unit: makes y of the order of 1, (K + 1, 1, 1).
+        narrow: dtype that networks compute in.
         forward, backward: of the fields.
     """
 
@@ -114,6 +116,8 @@ class Tables(NamedTuple):
     noise: Tensor | None
     beta: Tensor | None
     cut: Tensor | None
+    unit: Tensor
+    narrow: torch.dtype
     forward: tuple[Tensor, ...]
     backward: tuple[Tensor, ...]
 
@@ -197,7 +201,8 @@ class ControlledDiffusion(nn.Module):
             cut = torch.cat([most, most[-1:]]).reciprocal()
         noise = None if self.log_noise is None else self.log_noise.exp().to(like)
         back = () if self.backward_control is None else self.backward_control.times(chain)
-        return Tables(chain, noise, beta, cut, self.control.times(chain), back)
+        unit = (1 - chain.unknown).clamp(min=1e-12).rsqrt()[:, None, None]
+        return Tables(chain, noise, beta, cut, unit, self._dtype, self.control.times(chain), back)
 
     def _beta(self, u: Tensor) -> Tensor:
         if self.level_logits is None:
@@ -255,34 +260,32 @@ class ControlledDiffusion(nn.Module):
 
     def look(self, tables: Tables, at: slice, z: Tensor) -> Tensor:
         """Where the target is asked, at states z (steps, C, batch, d): (steps, batch, d)."""
-        if self.scheme.annealed or (tables.chain.channels == 1 and at.stop == len(tables.chain.times) == at.start + 1):
+        if self.scheme.annealed:
             return z[:, 0]
-        return contract(tables.chain.look[at].unsqueeze(-2), z).squeeze(-3)
+        look = tables.chain.look[at]
+        if tables.chain.channels == 1:
+            return look.unsqueeze(-1) * z.squeeze(-3)
+        return contract(look.unsqueeze(-2), z).squeeze(-3)
 
     def _view(self, tables: Tables, at: slice, z: Tensor, value: Tensor | None, score: Tensor | None) -> View:
-        chain = tables.chain
         y = self.look(tables, at, z)
         guide = log_g = None
         if self.scheme.annealed:
             inputs = z.movedim(-3, -2).flatten(-2)
         else:
-            reference = 1.0 if tables.noise is None else tables.noise.square().reciprocal()
-            if score is not None and value is not None:
-                guide = score + y * reference
-                log_g = value + 0.5 * (y.square() * reference).sum(-1)
-            if tables.noise is not None:
-                guide = None if guide is None else guide * tables.noise
+            if tables.noise is not None:  # in units of the noise everything is as without
                 y, z = y / tables.noise, z / tables.noise
-            if self.inputs == "mean":
-                inputs = y * (1 - chain.unknown[at]).clamp(min=1e-12).rsqrt()[:, None, None]
-            else:
-                inputs = z.movedim(-3, -2).flatten(-2)
-        wide = self._dtype
-        narrow = inputs.to(wide) if inputs.dtype != wide else inputs
-        return View(at, narrow, y, guide, log_g)
+                score = None if score is None else score * tables.noise
+            if score is not None:
+                guide = score + y
+            if value is not None and self.control.valued:
+                log_g = value + 0.5 * y.square().sum(-1)
+            inputs = y * tables.unit[at] if self.inputs == "mean" else z.movedim(-3, -2).flatten(-2)
+        return View(at, inputs.to(tables.narrow), y, guide, log_g)
 
     @property
     def _dtype(self) -> torch.dtype:
+        """What networks compute in."""
         return next((p.dtype for p in self.control.parameters()), torch.float64)
 
     def forward_control(
@@ -303,7 +306,7 @@ class ControlledDiffusion(nn.Module):
         if self.backward_control is None:
             return None
         inputs = z if tables.noise is None else z / tables.noise
-        view = View(at, inputs.movedim(-3, -2).flatten(-2).to(self._dtype), z[:, 0])
+        view = View(at, inputs.movedim(-3, -2).flatten(-2).to(tables.narrow), z[:, 0])
         v = self.backward_control(view, _at(tables.backward, at)).to(z)
         return v if tables.noise is None else v / tables.noise
 
@@ -406,13 +409,20 @@ class ControlledDiffusion(nn.Module):
         """
         chain = tables.chain
         walked, answers, controls = [z], [], []
+        # Noise for the whole walk at once: as much as its states.
+        noises = torch.empty(chain.steps, *z.shape, dtype=z.dtype, device=z.device).normal_(generator=generator)
+        row = None if graph or chain.channels > 1 or tables.noise is not None else _scalars(chain)
         with torch.set_grad_enabled(graph):
             for k in range(chain.steps):
                 answer = self.ask(target, tables, k, z)
                 at = slice(k, k + 1)
                 value, score = (None, None) if answer is None else (part.unsqueeze(0) for part in answer)
                 a = self.forward_control(tables, at, z.unsqueeze(0), value, score)[0]
-                z = self.step(tables, k, z, a, _noise(chain, chain.channels, z.shape[1], self.dim, generator), spread)
+                if row is None:
+                    z = self.step(tables, k, z, a, noises[k], spread)
+                else:
+                    mean, gain, root = row[k]
+                    z = torch.add(mean * z, a, alpha=gain).add_(noises[k], alpha=spread * root)
                 walked.append(z)
                 controls.append(a)
                 answers.append(answer)
@@ -487,16 +497,22 @@ class ControlledDiffusion(nn.Module):
             return beta * value + (1 - beta) * (start - aux) + aux
         at = slice(k, k + 1)
         view = self._view(tables, at, z.unsqueeze(0), value.unsqueeze(0), None if score is None else score.unsqueeze(0))
-        assert view.log_g is not None
-        log_g = view.log_g
         if isinstance(self.control, PotentialField):
-            log_g = self.control.potential(view, _at(tables.forward, at))[0]
+            log_g = self.control.potential(view, _at(tables.forward, at))[0][0]
+        else:
+            log_g = value + 0.5 * view.y[0].square().sum(-1)
         scaled = z if tables.noise is None else z / tables.noise
-        return tables.chain.log_law(k, scaled) + log_g[0].to(z)
+        return tables.chain.log_law(k, scaled) + log_g.to(z)
 
 
 def _at(times: tuple[Tensor, ...], at: slice) -> tuple[Tensor, ...]:
     return tuple(part[at] for part in times)
+
+
+def _scalars(chain: Chain) -> list[tuple[float, float, float]]:
+    """Mean, gain and root of each forward step of a chain of one channel: numbers are cheaper than tensors."""
+    f = chain.forward
+    return list(zip(*(part.detach().flatten().tolist() for part in f), strict=True))
 
 
 def _noise(chain: Chain, channels: int, n: int, d: int, generator: torch.Generator) -> Tensor:
@@ -507,7 +523,7 @@ def _noise(chain: Chain, channels: int, n: int, d: int, generator: torch.Generat
 def clean(target: Target, x: Tensor, graph: bool = False) -> tuple[Tensor, Tensor]:
     """log gamma and its gradient at x; where the target has no number to give, -inf and 0."""
     value, score = target.differentiable(x) if graph else target.log_prob_and_score(x)
-    if not bool(torch.isfinite(score).all() & torch.isfinite(value).all()):
+    if not math.isfinite(float(value.detach().sum() + score.detach().sum())):  # a sum is cheaper than a test of each
         bad = value.isnan() | (value == math.inf) | ~torch.isfinite(score).all(-1)
         value = value.masked_fill(bad, -math.inf)
         score = score.masked_fill((value == -math.inf).unsqueeze(-1), 0.0)

@@ -10,6 +10,7 @@ DIS     VP, or any linear process   --        no           Berner, Richter & Ull
 DDS     VP, gain "score"            --        no           Vargas, Grathwohl & Doucet 2023
 Bridge  VP, or any linear process   learned   no           Richter & Berner 2024; Blessing et al. 2025 (underdamped)
 CMCD    geometry of a recipe        its own   yes          Vargas et al. 2024; with resampling, Chen et al. 2025
+PDDS    VP, cosine clock            --        no           Phillips et al. 2024: a potential, matched, and particles
 ======  ==========================  ========  ===========  =========================================================
 
 A control is a function of continuous time: it may be trained with few steps and draw with many (``train_steps``).
@@ -26,6 +27,7 @@ from torch import Tensor
 from undrift.density.controlled.control import Control, Informed, Plain, Potential
 from undrift.density.controlled.diffusion import ControlledDiffusion, Learnable, Scheme
 from undrift.density.controlled.grid import EqualAngles, EqualTimes, TimeGrid
+from undrift.density.controlled.matching import ScoreMatching
 from undrift.density.controlled.objective import LogDerivative, LogVariance, Objective
 from undrift.density.controlled.sampler import TrainedSampler
 from undrift.density.controlled.train import Training, train
@@ -35,11 +37,12 @@ from undrift.density.method import Method
 from undrift.density.move import Move
 from undrift.density.schedule import Resampling
 from undrift.density.session import Session
+from undrift.density.variational import MeanField
 from undrift.process.catalog import VP, BrownianBridge
-from undrift.process.clock import ConstantClock, LinearClock
+from undrift.process.clock import ConstantClock, CosineClock, LinearClock
 from undrift.process.linear import LinearProcess
 
-__all__ = ["CMCD", "DDS", "DIS", "PIS", "Bridge", "Controlled"]
+__all__ = ["CMCD", "DDS", "DIS", "PDDS", "PIS", "Bridge", "Controlled"]
 
 
 def _vp() -> LinearProcess:
@@ -225,3 +228,24 @@ class CMCD(Controlled):
     annealed: bool = True
     learn: tuple[Learnable, ...] = ("noise", "prior", "levels")
     objective: Objective = field(default_factory=LogDerivative)
+
+
+@dataclass(frozen=True, eq=False)
+class PDDS(Controlled):
+    """Particle denoising diffusion sampler: a learned potential guides and weighs particles, which are resampled.
+
+    The coordinates are those of the best Gaussian with independent coordinates, as in the paper; unlike there, the
+    scales stay positive by construction, and the walk ends at t = 0, at the target itself. Training draws particles
+    without resampling, from the averaged potential, and mixes both kinds of score matching; the paper's own setting is
+    ``objective: {type: ScoreMatching, draws: 30000, examples: 30000, mix: novel, times: angle, replace: 10000, bound:
+    null, resampling: {threshold: 0.3}}``.
+    """
+
+    process: LinearProcess = field(default_factory=lambda: VP(clock=CosineClock()))
+    grid: TimeGrid = field(default_factory=EqualTimes)
+    gain: Literal["posterior", "score"] = "score"
+    control: Control = field(default_factory=Potential)
+    objective: Objective = field(default_factory=lambda: ScoreMatching(draws=2048, examples=8192))
+    training: Training = field(default_factory=lambda: Training(batch=300))
+    resampling: Resampling | None = field(default_factory=lambda: Resampling(threshold=0.3))
+    coordinates: Coordinates | None = field(default_factory=MeanField)

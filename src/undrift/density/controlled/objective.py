@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ __all__ = [
     "Objective",
     "Replay",
     "Runner",
+    "Stages",
     "TrajectoryBalance",
     "TrustRegion",
     "Work",
@@ -617,3 +618,57 @@ class _TrustRunner(Runner):
 
 
 _FACTS = ("loss", "elbo", "log_z", "ess", "dropped")
+
+
+# -- one after the other -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Stages(Objective):
+    """One objective, then another: matching finds the control, a divergence over paths polishes it.
+
+    Args:
+        first, then: what is minimised.
+        after: steps of the first.
+        batch: paths or points a step of the second; null for that of the training.
+    """
+
+    first: Objective
+    then: Objective
+    after: int = 1000
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.after < 1:
+            raise ValueError(f"Stages: after must be at least 1, got {self.after}.")
+        if self.batch is not None and self.batch < 2:
+            raise ValueError(f"Stages: batch must be at least 2, got {self.batch}.")
+
+    @property
+    def learns_kernels(self) -> bool:  # type: ignore[override]
+        return self.first.learns_kernels and self.then.learns_kernels
+
+    def runner(self, work: Work) -> Runner:
+        later = work if self.batch is None else replace(work, batch=self.batch)
+        return _StagesRunner(self.after, self.first.runner(work), self.then.runner(later))
+
+
+class _StagesRunner(Runner):
+    def __init__(self, after: int, first: Runner, then: Runner) -> None:
+        self.after, self.first, self.then, self.done = after, first, then, 0
+
+    def step(self) -> dict[str, float]:
+        self.done += 1
+        return (self.first if self.done <= self.after else self.then).step()
+
+    def state(self) -> Mapping[str, Tensor]:
+        kept = {f"first.{k}": v for k, v in self.first.state().items()} if self.done < self.after else {}
+        kept |= {f"then.{k}": v for k, v in self.then.state().items()}
+        return kept | {"stages.done": torch.tensor(self.done)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        if "stages.done" not in tensors:
+            return
+        self.done = int(tensors["stages.done"])
+        for name, runner in (("first.", self.first), ("then.", self.then)):
+            runner.load({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
