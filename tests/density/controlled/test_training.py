@@ -245,8 +245,7 @@ TINY: dict[str, Any] = {"width": 8, "depth": 1}
 BASE = DIS(steps=5, control=Informed(**TINY), training=FEW)
 RUNS: dict[str, Controlled] = {
     "replay": replace(BASE, objective=LogVariance(replay=Replay(capacity=20))),
-    "trust region": replace(BASE, objective=TrustRegion(buffer=16, refresh=4)),
-    "trust region, chunks": replace(
+    "trust region": replace(
         BASE, objective=TrustRegion(buffer=16, refresh=4), training=replace(FEW, chunk=2), coordinates=Affine(0.2, 1.5)
     ),
     "KL": replace(BASE, objective=KL()),
@@ -320,7 +319,7 @@ def test_an_interruption_leaves_no_trace(name: str, keyboard: Keyboard, tmp_path
         return method.run(keyboard.target(), 40, seed=3, repeats=2, checkpoint=file)
 
     expected = run(None)
-    for places in ((1,), (2, 1), (6, 4), (11,)):
+    for places in ((1,), (6, 4)):
         file = tmp_path / f"{places}"
         for place in places:
             keyboard.at(step=place)
