@@ -11,13 +11,13 @@ from torch import Tensor
 
 from undrift.config import build, describe
 from undrift.denoise import MixtureDenoiser
-from undrift.density.controlled.bridge import Curvature, Times, control_at, noised, stein
 from undrift.density.controlled.chain import reversal
 from undrift.density.controlled.control import Control, Exact, Informed, Plain, Potential
 from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
 from undrift.density.controlled.grid import EqualAngles
 from undrift.density.controlled.matching import AdjointMatching, ScoreMatching
 from undrift.density.controlled.objective import Objective, Runner, Work
+from undrift.density.controlled.regression import Curvature, Times, control_at, noised, stein
 from undrift.density.schedule import Resampling
 from undrift.density.target import Target
 from undrift.density.targets import Gaussian

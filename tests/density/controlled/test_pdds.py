@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from undrift.density.controlled.bridge import control_at
 from undrift.density.controlled.control import Potential
 from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
 from undrift.density.controlled.grid import EqualTimes
 from undrift.density.controlled.matching import ScoreMatching
 from undrift.density.controlled.objective import Work
+from undrift.density.controlled.regression import control_at
 from undrift.density.controlled.walk import log_twist_and_score, walk
 from undrift.density.move import MALA
 from undrift.density.schedule import Resampling

@@ -7,7 +7,7 @@ r"""Matching: the control is regressed on what its mean should be, one state at 
     ScoreMatching     states noised from weighted particles, which a frozen copy of the diffusion draws: a particle
                       denoising diffusion sampler where they are resampled under way.
 
-Both regress on :math:`N + \kappa r`, see bridge.py. For ScoreMatching that is a control variate. The draws of
+Both regress on :math:`N + \kappa r`, see regression.py. For ScoreMatching that is a control variate. The draws of
 AdjointMatching have no weights, and their law q is the target's at the fixed point only. With
 :math:`E_q[r | y] = V (a_q - E_q[N | y])`, a_q the control whose draws have the law q,
 
@@ -40,7 +40,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from undrift.density.controlled.bridge import (
+from undrift.density.controlled.chain import Chain
+from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, clean
+from undrift.density.controlled.objective import Objective, Runner, Work, facts, tempering
+from undrift.density.controlled.regression import (
     Curvature,
     Examples,
     TimeLaw,
@@ -51,9 +54,6 @@ from undrift.density.controlled.bridge import (
     steps_spread,
     unknown_of,
 )
-from undrift.density.controlled.chain import Chain
-from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, clean
-from undrift.density.controlled.objective import Objective, Runner, Work, facts, tempering
 from undrift.density.controlled.walk import walk
 from undrift.density.move import Move
 from undrift.density.schedule import Resampling
@@ -113,7 +113,7 @@ class AdjointMatching(_Matching):
         draws: walked at each refreshment; a gradient each, and for guided controls one a step of the walk.
         examples: states with their targets, made at each refreshment; steps use batches of them.
         refresh: steps between two refreshments.
-        times: how states are spread over time; see :meth:`undrift.density.controlled.bridge.Times.spread`.
+        times: how states are spread over time; see :meth:`undrift.density.controlled.regression.Times.spread`.
         clip: largest entry of grad log g_0, in 1 / (unit of the reference); larger ones are cut, and counted as
             "clipped".
         mix: "best": damped steps. "novel": grad log g_0 as it is, as in the papers.
