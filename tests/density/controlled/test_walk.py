@@ -32,7 +32,7 @@ SCHEMES: dict[str, Scheme] = {
     "VE": Scheme(VE(clock=PowerClock(5.0, 2.0, 1.0)), EqualAngles(), 8, Informed(**SMALL)),
     "BrownianBridge": Scheme(BrownianBridge(), EqualTimes(), 8, Informed(**SMALL)),
     "potential": Scheme(VP(clock=CLOCK), EqualTimes(), 8, Potential(**SMALL)),
-    "noise": Scheme(VP(clock=CLOCK), EqualTimes(), 8, Informed(**SMALL), learn=["noise"]),
+    "noise": Scheme(VP(clock=CLOCK), EqualTimes(), 8, Informed(**SMALL), learn=["noise"], caution=0.0),
     "bridge": Scheme(VP(clock=CLOCK), EqualTimes(), 8, Informed(**SMALL), Plain(**SMALL)),
     "CLD": Scheme(CLD(clock=CLOCK), EqualAngles(), 8, Informed(**SMALL)),
     "CLD: potential, noise": Scheme(CLD(clock=CLOCK), EqualTimes(), 8, Potential(**SMALL), learn=["noise"]),

@@ -48,6 +48,8 @@ class Scheme:
         control: of the forward direction.
         backward: of the backward direction; null for the noising process as it is.
         annealed: Langevin dynamics along a path to the target, not the reversal of noise.
+        caution: of the twist of a reversal without a potential: :math:`g_0(y)` counts to the power
+            :math:`(1 - V)^{caution}`. At one point it knows little of :math:`E[g_0 | z]` where V is large.
         learn: what else is learned: "noise", a factor of all noise for each coordinate; for annealed ones also "prior",
             centre and scale of the start, and "levels", the schedule beta.
     """
@@ -61,6 +63,7 @@ class Scheme:
     integrator: Literal["exponential", "euler"] = "exponential"
     gain: Literal["posterior", "score"] = "posterior"
     learn: Sequence[Learnable] = ()
+    caution: float = 4.0
 
 
 class Paths(NamedTuple):
@@ -481,8 +484,8 @@ class ControlledDiffusion(nn.Module):
     def log_twist(self, tables: Tables, k: int, z: Tensor, value: Tensor, score: Tensor | None) -> Tensor:
         r"""log density, up to a constant, that walkers should have at time k, z (C, batch, d): (batch,).
 
-        For an annealed diffusion the level of its path; for a reversal the reference's law times :math:`g_0(y)`, or
-        times the learned potential.
+        For an annealed diffusion the level of its path; for a reversal the reference's law times the learned potential,
+        or times a cautious power of :math:`g_0(y)`.
 
         Args:
             tables: see :meth:`tables`.
@@ -500,7 +503,8 @@ class ControlledDiffusion(nn.Module):
         if isinstance(self.control, PotentialField):
             log_g = self.control.potential(view, _at(tables.forward, at))[0][0]
         else:
-            log_g = value + 0.5 * view.y[0].square().sum(-1)
+            trust = (1 - tables.chain.unknown[k]) ** self.scheme.caution
+            log_g = trust * (value + 0.5 * view.y[0].square().sum(-1))
         scaled = z if tables.noise is None else z / tables.noise
         return tables.chain.log_law(k, scaled) + log_g.to(z)
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from undrift.density.controlled.chain import Chain
-from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, clean
+from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, Scheme, clean
 from undrift.density.controlled.objective import Objective, Runner, Work, facts, tempering
 from undrift.density.controlled.regression import (
     Curvature,
@@ -88,9 +88,9 @@ class _Matching(Objective):
         if not self.clip > 0:
             raise ValueError(f"{name}: clip must be positive, got {self.clip}.")
 
-    def check(self, diffusion: ControlledDiffusion) -> None:
-        """Raise a ValueError for a diffusion that cannot be matched."""
-        name, scheme = type(self).__name__, diffusion.scheme
+    def validate(self, scheme: Scheme, batch: int) -> None:
+        super().validate(scheme, batch)
+        name = type(self).__name__
         if scheme.annealed:
             raise ValueError(
                 f"{name}: an annealed diffusion has no reference to match; take LogVariance or LogDerivative, or the "
@@ -98,11 +98,6 @@ class _Matching(Objective):
             )
         if scheme.backward is not None:
             raise ValueError(f"{name}: noise leads back, no learned control; leave backward null, or take LogVariance.")
-        if scheme.learn:
-            raise ValueError(
-                f"{name}: trains the control alone, got learn = {list(scheme.learn)}; leave it empty, or take KL or "
-                "LogDerivative."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +128,6 @@ class AdjointMatching(_Matching):
             raise ValueError(f"AdjointMatching: buffer = {self.buffer} must hold the {self.draws} draws.")
 
     def runner(self, work: Work) -> Runner:
-        self.check(work.diffusion)
         return _AdjointRunner(self, work)
 
 
@@ -171,16 +165,15 @@ class ScoreMatching(_Matching):
         if self.move is not None and self.resampling is None:
             raise ValueError("ScoreMatching: moves are made after a resampling; give resampling too.")
 
-    def check(self, diffusion: ControlledDiffusion) -> None:
-        super().check(diffusion)
-        if self.resampling is not None and not diffusion.guided:
+    def validate(self, scheme: Scheme, batch: int) -> None:
+        super().validate(scheme, batch)
+        if self.resampling is not None and not ControlledDiffusion(scheme, 1).guided:
             raise ValueError(
                 "ScoreMatching: particles are resampled by what the target says on the way, and this control never "
                 "asks it; give an informed control or a potential, or resampling: null."
             )
 
     def runner(self, work: Work) -> Runner:
-        self.check(work.diffusion)
         return _ScoreRunner(self, work)
 
 

@@ -67,6 +67,8 @@ class Controlled(Method):
         objective: what is minimised.
         training: how.
         resampling: of the draws, on the way; null for plain importance weights.
+        caution: how little the resampling of a reversal without a potential trusts :math:`g_0(y)` far from the target: it
+            counts to the power :math:`(1 - V)^{caution}`. At 0 walkers are selected too early, and modes are lost.
         move: an exact move after each resampling; null for none.
         moves: how many.
         move_size: their step size, in units of the reference's smallest variance.
@@ -87,6 +89,7 @@ class Controlled(Method):
     objective: Objective = field(default_factory=LogVariance)
     training: Training = field(default_factory=Training)
     resampling: Resampling | None = None
+    caution: float = 4.0
     move: Move | None = None
     moves: int = 1
     move_size: float = 0.1
@@ -104,6 +107,8 @@ class Controlled(Method):
             raise ValueError(
                 f"{name}: learn holds some of {', '.join(get_args(Learnable))}, each once, got {', '.join(self.learn)}."
             )
+        if not self.caution >= 0:
+            raise ValueError(f"{name}: caution must not be negative, got {self.caution}.")
         if not self.move_size > 0:
             raise ValueError(f"{name}: move_size must be positive, got {self.move_size}.")
         if self.annealed and (self.backward is not None or not isinstance(self.control, Plain)):
@@ -137,6 +142,7 @@ class Controlled(Method):
             self.integrator,
             self.gain,
             self.learn,
+            self.caution,
         )
 
     def draw(self, session: Session) -> Draws:

@@ -119,8 +119,8 @@ class Objective(ABC):
         kernels = [*scheme.learn, *(["process"] if isinstance(scheme.process, LearnedProcess) else [])]
         if kernels and not self.learns_kernels:
             raise ValueError(
-                f"{', '.join(kernels)} cannot be learned with {type(self).__name__}, which bounds nothing once the "
-                "backward kernels move too; take objective: LogDerivative (or KL)."
+                f"{', '.join(kernels)} cannot be learned with {type(self).__name__}, which is for controls alone: it "
+                "bounds nothing once the backward kernels move too; take objective: LogDerivative (or KL)."
             )
 
     @abstractmethod
@@ -644,9 +644,9 @@ class Stages(Objective):
         if self.batch is not None and self.batch < 2:
             raise ValueError(f"Stages: batch must be at least 2, got {self.batch}.")
 
-    @property
-    def learns_kernels(self) -> bool:  # type: ignore[override]
-        return self.first.learns_kernels and self.then.learns_kernels
+    def validate(self, scheme: Scheme, batch: int) -> None:
+        self.first.validate(scheme, batch)
+        self.then.validate(scheme, batch if self.batch is None else self.batch)
 
     def runner(self, work: Work) -> Runner:
         later = work if self.batch is None else replace(work, batch=self.batch)

@@ -108,8 +108,10 @@ def train(
         "gradient_norm", "dropped" paths a step, and what else the objective says, such as "elbo", "log_z", "ess".
 
     Raises:
+        ValueError: if the objective cannot train the diffusion; before any work.
         FloatingPointError: if nothing can be learned from many steps in a row.
     """
+    objective.validate(diffusion.scheme, settings.batch)
     diffusion.to(generator.device)
     teacher = copy.deepcopy(diffusion).requires_grad_(False)
     work = Work(diffusion, target, generator, settings.batch, settings.dtype, settings.chunk, teacher)
