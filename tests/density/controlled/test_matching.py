@@ -16,12 +16,15 @@ from undrift.density.controlled.control import Control, Exact, Informed, Plain, 
 from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
 from undrift.density.controlled.grid import EqualAngles
 from undrift.density.controlled.matching import AdjointMatching, ScoreMatching
-from undrift.density.controlled.objective import Objective, Runner, Work
+from undrift.density.controlled.methods import Controlled
+from undrift.density.controlled.objective import LogVariance, Objective, Runner, Stages, Work
 from undrift.density.controlled.regression import Curvature, Times, control_at, noised, stein
+from undrift.density.controlled.train import Training
+from undrift.density.controlled.train import train as run
 from undrift.density.schedule import Resampling
 from undrift.density.target import Target
 from undrift.density.targets import Gaussian
-from undrift.process import CLD, VP, BrownianBridge, CosineClock
+from undrift.process import CLD, VP, BrownianBridge, CosineClock, LearnedProcess
 from undrift.process.linear import LinearProcess
 
 WEIGHTS, MEANS, VARIANCES = [0.3, 0.7], [[-0.9, 0.4], [0.8, -0.5]], [0.15, 0.3]
@@ -298,21 +301,60 @@ def test_taken_up_again_it_is_the_same(objective: Objective, control: Control) -
     [
         (lambda: Scheme(VP(), EqualAngles(), 8, Plain(), annealed=True), "annealed"),
         (lambda: Scheme(VP(), EqualAngles(), 8, Plain(), backward=Plain()), "backward"),
-        (lambda: Scheme(VP(), EqualAngles(), 8, Plain(), learn=("noise",)), "control alone"),
+        (
+            lambda: Scheme(VP(), EqualAngles(), 8, Plain(), learn=("noise",)),
+            "noise cannot be learned .* controls alone",
+        ),
+        (lambda: Scheme(LearnedProcess(), EqualAngles(), 8, Plain()), "process cannot be learned"),
     ],
 )
-@pytest.mark.parametrize("objective", [AdjointMatching(), ScoreMatching()], ids=["adjoint", "score"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        AdjointMatching(),
+        ScoreMatching(),
+        Stages(ScoreMatching(), LogVariance()),
+        Stages(LogVariance(), AdjointMatching()),
+    ],
+    ids=["adjoint", "score", "first stage", "second stage"],
+)
 def test_what_cannot_be_matched(make: Callable[[], Scheme], message: str, objective: Objective) -> None:
-    target, _ = mixture()
+    """Refused with the settings, and by a training before the target is asked."""
+    target, scheme = mixture()[0], make()
     with pytest.raises(ValueError, match=message):
-        objective.runner(Work(ControlledDiffusion(make(), 2), target, generator(), 8, torch.float64))
+        objective.validate(scheme, 8)
+    diffusion, before = ControlledDiffusion(scheme, 2), target.evaluations.copy()
+    with pytest.raises(ValueError, match=message):
+        run(diffusion, target, objective, Training(steps=1, batch=8), generator())
+    assert (target.evaluations - before).total == 0
+    process, learn = scheme.process, scheme.learn
+    with pytest.raises(ValueError, match=message):
+        Controlled(
+            process,
+            control=Plain(),
+            backward=scheme.backward,
+            annealed=scheme.annealed,
+            learn=learn,
+            objective=objective,
+        )
+
+
+def test_both_stages_are_validated_each_with_its_batch() -> None:
+    s = scheme(VP(), Plain())
+    three, resampled = LogVariance(paths_per_start=3), ScoreMatching(resampling=Resampling())
+    Stages(ScoreMatching(), three, batch=9).validate(s, 8)
+    with pytest.raises(ValueError, match="batch = 8 is no multiple"):
+        Stages(ScoreMatching(), three).validate(s, 8)
+    with pytest.raises(ValueError, match="batch = 8 is no multiple"):
+        Stages(three, ScoreMatching(), batch=9).validate(s, 8)
+    with pytest.raises(ValueError, match="never asks"):
+        Stages(LogVariance(), resampled).validate(s, 8)
+    Stages(LogVariance(), resampled).validate(scheme(VP(), Potential()), 8)
 
 
 def test_settings_that_make_no_sense() -> None:
-    target, _ = mixture()
-    d = ControlledDiffusion(scheme(VP(), Plain()), 2)
     with pytest.raises(ValueError, match="never asks"):
-        ScoreMatching(resampling=Resampling()).runner(Work(d, target, generator(), 8, torch.float64))
+        ScoreMatching(resampling=Resampling()).validate(scheme(VP(), Plain()), 8)
     with pytest.raises(ValueError, match="must hold"):
         AdjointMatching(draws=100, buffer=50)
     with pytest.raises(ValueError, match="novel"):
