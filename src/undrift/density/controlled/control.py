@@ -287,5 +287,6 @@ class _Exact(Field):
         for y, unknown in zip(view.y, times[0].tolist(), strict=True):
             level = min(math.sqrt(unknown / max(1 - unknown, 1e-300)), 1e6)
             x = y * (1 + level**2)  # y = x~ / (1 + sigma^2)
-            out.append((self.denoiser(x, torch.full((len(x),), level, dtype=torch.float64)).to(y) - y) / unknown)
+            sigma = torch.full((len(x),), level, dtype=torch.float64, device=y.device)
+            out.append((self.denoiser(x, sigma).to(y) - y) / unknown)
         return torch.stack(out)
