@@ -32,7 +32,8 @@ from undrift.density import (
     TrainedSampler,
 )
 from undrift.density.archive import load_draws, save_draws
-from undrift.density.controlled.control import Informed, Plain, Potential
+from undrift.density.controlled.control import Control, Exact, Informed, Plain, Potential
+from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
 from undrift.density.controlled.grid import EqualTimes, GivenTimes, PowerTimes
 from undrift.density.controlled.objective import KL, LogDerivative, LogVariance, Replay, TrajectoryBalance, TrustRegion
 from undrift.density.controlled.train import Training
@@ -70,6 +71,10 @@ METHODS: dict[str, Controlled] = {
         coordinates=Laplace(),
     ),
 }
+
+
+def annealed(control: Control, **settings: Any) -> ControlledDiffusion:
+    return ControlledDiffusion(Scheme(VP(), EqualTimes(), 4, control, annealed=True, **settings), 2)
 
 
 def same(a: Draws, b: Draws) -> None:
@@ -122,6 +127,10 @@ def test_names_are_settings_of_one_class() -> None:
         (lambda: CMCD(objective=LogVariance()), "noise, prior, levels cannot be learned"),
         (lambda: CMCD(control=Informed()), "Plain"),
         (lambda: CMCD(backward=Plain()), "backward: null"),
+        (lambda: annealed(Informed()), "its control is Plain"),
+        (lambda: annealed(Potential()), "its control is Plain"),
+        (lambda: annealed(Exact(lambda x, sigma: x)), "its control is Plain"),
+        (lambda: annealed(Plain(), backward=Plain()), "backward: null"),
         (lambda: Bridge(backward=Informed()), "cannot be guided"),
         (lambda: Bridge(objective=TrustRegion()), "TrustRegion: trains the forward control"),
         (lambda: DIS(move=MALA()), "give resampling"),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from undrift.density.controlled.chain import Chain, contract, langevin, reversal
-from undrift.density.controlled.control import Control, PotentialField, View
+from undrift.density.controlled.control import Control, Exact, PotentialField, View
 from undrift.density.controlled.grid import TimeGrid
 from undrift.density.target import Target
 from undrift.process.learned import LearnedProcess
@@ -135,6 +135,9 @@ class ControlledDiffusion(nn.Module):
         scheme: see :class:`Scheme`; a process with parameters is copied, and learned.
         dim: d.
         seed: of the networks.
+
+    Raises:
+        ValueError: for settings that exclude each other.
     """
 
     log_z: Tensor
@@ -155,6 +158,11 @@ class ControlledDiffusion(nn.Module):
             self.control = scheme.control.field(width, dim)
             back = None if scheme.backward is None else scheme.backward.field(channels * dim, dim)
             self.backward_control = back
+        if scheme.annealed and (back is not None or self.control.guided or isinstance(scheme.control, Exact)):
+            raise ValueError(
+                "an annealed diffusion has the target's score in both directions already; its control is Plain, and "
+                "serves both (backward: null)."
+            )
         if back is not None and back.guided:
             raise ValueError("a backward control cannot be guided by the target; give backward: plain.")
         for part in scheme.learn:

@@ -69,8 +69,8 @@ class EqualAngles(TimeGrid):
     """Equal steps in the angle arctan sigma: the cosine schedule, for any process and clock.
 
     For a process that is learned the times are found anew whenever its table is, and without a gradient, like the
-    labels that networks are told: both count as given. Weights are exact on any grid, so every objective is minimised on
-    the grid that the process has at that step; no objective sees that another process would step elsewhere.
+    labels that networks are told: both count as given. Weights are exact on any grid, so every objective is minimised
+    on the grid that the process has at that step; none sees that another process would step elsewhere.
     """
 
     def times(self, process: LinearProcess, steps: int) -> Tensor:

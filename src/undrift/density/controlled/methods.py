@@ -67,8 +67,8 @@ class Controlled(Method):
         objective: what is minimised.
         training: how.
         resampling: of the draws, on the way; null for plain importance weights.
-        caution: how little the resampling of a reversal without a potential trusts :math:`g_0(y)` far from the target: it
-            counts to the power :math:`(1 - V)^{caution}`. At 0 walkers are selected too early, and modes are lost.
+        caution: how little the resampling of a reversal without a potential trusts :math:`g_0(y)` far from the target:
+            it counts to the power :math:`(1 - V)^{caution}`. At 0 walkers are selected too early, and modes are lost.
         move: an exact move after each resampling; null for none.
         moves: how many.
         move_size: their step size, in units of the reference's smallest variance.
@@ -111,24 +111,19 @@ class Controlled(Method):
             raise ValueError(f"{name}: caution must not be negative, got {self.caution}.")
         if not self.move_size > 0:
             raise ValueError(f"{name}: move_size must be positive, got {self.move_size}.")
-        if self.annealed and (self.backward is not None or not isinstance(self.control, Plain)):
-            raise ValueError(
-                f"{name}: an annealed diffusion has the target's score in both directions already; its control is "
-                "Plain, and serves both (backward: null)."
-            )
         if self.move is not None and self.resampling is None:
             raise ValueError(f"{name}: moves follow a resampling; give resampling as well, or no move.")
         if self.move is not None and not self.move.exact:
             raise ValueError(
                 f"{name}: {type(self.move).__name__} does not leave its level invariant; take MALA or HMC."
             )
-        if self.resampling is not None and not (self.annealed or isinstance(self.control, (Informed, Potential))):
+        diffusion = ControlledDiffusion(self.scheme(), 1)
+        self.objective.validate(self.scheme(), self.training.batch)
+        if self.resampling is not None and not diffusion.guided:
             raise ValueError(
                 f"{name}: resampling weighs walkers by the target on the way, which {type(self.control).__name__} "
                 "never asks; take Informed or Potential."
             )
-        self.objective.validate(self.scheme(), self.training.batch)
-        ControlledDiffusion(self.scheme(), 1)  # for its errors
 
     def scheme(self, steps: int | None = None) -> Scheme:
         """What is controlled, with the given number of steps."""
