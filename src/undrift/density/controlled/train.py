@@ -35,7 +35,8 @@ class Training:
         warmup: steps in which the rate rises.
         clip: largest norm of the gradient.
         average: the weights that draw are an average over about the last so many steps; 0 for the last ones.
-        chunk: steps of the paths whose graph is kept at a time; null for all.
+        chunk: steps of the paths whose graph is kept at a time; null for all. For objectives that take paths as data:
+            KL differentiates through the walk, and keeps all of it; matching keeps none.
         precision: of the states; networks compute in float32.
         record: steps between two rows of the record.
     """
