@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--method", "cmcd", "--method.control", "informed"], ("method", "Plain")),
         (["--method", "bridge", "--method.backward", "informed"], ("method", "cannot be guided")),
         (["--method", "dis", "--method.move", "hmc"], ("method", "give resampling")),
-        (["--method", "pis", "--method.integrator", "euler"], ("exponential",)),
+        (["--method", "pis", "--method.integrator", "euler"], ("method", "take the exponential integrator")),
         (["--method", "trained"], ("method: Trained needs path",)),
     ],
 )
@@ -143,6 +143,7 @@ def test_settings_that_do_not_fit_name_the_flag(
     flags: list[str], words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert density(*flags, "--out", str(tmp_path / "run")) == 2
+    assert not (tmp_path / "run").exists()
     message = capsys.readouterr().err
     assert "Traceback" not in message
     assert len(message.splitlines()) < 5

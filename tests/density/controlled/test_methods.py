@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from undrift.density.controlled.objective import KL, LogDerivative, LogVariance,
 from undrift.density.controlled.train import Training
 from undrift.density.targets import Gaussian, Mixture9
 from undrift.density.trust import warnings
-from undrift.process import CLD, VP, BrownianBridge, LearnedProcess, LinearClock
+from undrift.process import CLD, HOLD, PSLD, VP, BrownianBridge, LearnedProcess, LinearClock
 
 LOG_Z = 0.7
 ODD = Gaussian(dim=2, loc=0.4, scale=0.5, condition=4.0, log_z=LOG_Z)
@@ -138,6 +139,13 @@ def test_names_are_settings_of_one_class() -> None:
         (lambda: DIS(resampling=Resampling(), control=Plain()), "never asks"),
         (lambda: DIS(objective=LogVariance(paths_per_start=3), training=Training(batch=8)), "multiple"),
         (lambda: Trained("somewhere", steps=0), "steps"),
+        (lambda: DIS(grid=GivenTimes([1.0, 0.5, 0.0]), steps=3), "3 steps need 4 times"),
+        (lambda: DIS(grid=GivenTimes([1.0, 0.5, 0.0]), steps=2, train_steps=3), "3 steps need 4 times"),
+        (lambda: DIS(grid=GivenTimes([2.0, 0.5, 0.0]), steps=2), "must fall strictly from T = 1 to 0"),
+        (lambda: DIS(process=CLD(), integrator="euler"), "no noise on some channels.* exponential integrator"),
+        (lambda: DIS(process=PSLD(aux_scale=0.0)), "auxiliaries that start without noise"),
+        (lambda: PIS(integrator="euler"), "infinite at T; take the exponential integrator"),
+        (lambda: CMCD(process=BrownianBridge()), "recipe process such as VP"),
     ],
 )
 def test_settings_that_do_not_fit(make: Any, words: str) -> None:
@@ -145,26 +153,22 @@ def test_settings_that_do_not_fit(make: Any, words: str) -> None:
         make()
 
 
-@pytest.mark.parametrize(
-    ("method", "words"),
-    [
-        (DIS(grid=GivenTimes([1.0, 0.5, 0.0]), steps=3), "3 steps need 4 times"),
-        (DIS(grid=GivenTimes([1.0, 0.5, 0.0]), steps=2, train_steps=3), "3 steps need 4 times"),
-        (DIS(process=CLD(), integrator="euler"), "exponential"),
-        (PIS(integrator="euler"), "exponential"),
-        (CMCD(process=BrownianBridge()), "recipe"),
-    ],
-)
-def test_what_cannot_be_built_is_said_before_the_target_is_asked(
-    method: Controlled, words: str, tmp_path: Path
-) -> None:
+def test_a_method_is_made_in_milliseconds() -> None:
+    """Its checks build a chain of two steps, whatever the steps it has; the fastest of five, in CPU time."""
+    for process in (VP(), HOLD(), LearnedProcess.random(3)):
+        spent = []
+        for _ in range(5):
+            began = time.process_time()
+            DIS(process=process, steps=5000, objective=LogDerivative())
+            spent.append(time.process_time() - began)
+        assert min(spent) < 0.1
+
+
+@pytest.mark.parametrize("repeats", [0, 9])
+def test_repeats_that_do_not_fit(repeats: int, tmp_path: Path) -> None:
     target = Target(ODD.log_prob, 2, name="odd")
-    for coordinates in (None, Laplace()):
-        with pytest.raises(ValueError, match=words):
-            replace(method, coordinates=coordinates).run(target, 8, repeats=2, checkpoint=tmp_path / "run")
-    for repeats in (0, 9):
-        with pytest.raises(ValueError, match="repeat"):
-            DIS().run(target, 8, repeats=repeats)
+    with pytest.raises(ValueError, match="repeat"):
+        DIS().run(target, 8, repeats=repeats, checkpoint=tmp_path / "run")
     assert target.evaluations.total == 0
     assert not list(tmp_path.iterdir())
 

@@ -27,6 +27,9 @@ class TimeGrid(ABC):
     def times(self, process: LinearProcess, steps: int) -> Tensor:
         """steps + 1 strictly decreasing times from T to 0, float64."""
 
+    def validate(self, process: LinearProcess, steps: int) -> None:  # noqa: B027  most serve any
+        """Raise a ValueError if there are no such times."""
+
 
 def angle(process: LinearProcess, t: Tensor) -> Tensor:
     """arctan sigma(t), in [0, pi/2], for times (...) in [0, T]."""
@@ -92,7 +95,7 @@ class GivenTimes(TimeGrid):
 
     values: list[float]
 
-    def times(self, process: LinearProcess, steps: int) -> Tensor:
+    def validate(self, process: LinearProcess, steps: int) -> None:
         values = as_f64(self.values)
         if len(values) != steps + 1:
             raise ValueError(f"GivenTimes: {steps} steps need {steps + 1} times, got {len(values)}.")
@@ -100,4 +103,7 @@ class GivenTimes(TimeGrid):
             raise ValueError(
                 f"GivenTimes: values must fall strictly from T = {process.horizon:g} to 0, got {self.values}."
             )
-        return values
+
+    def times(self, process: LinearProcess, steps: int) -> Tensor:
+        self.validate(process, steps)
+        return as_f64(self.values)

@@ -18,7 +18,7 @@ A control is a function of continuous time: it may be trained with few steps and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -117,7 +117,11 @@ class Controlled(Method):
             raise ValueError(
                 f"{name}: {type(self.move).__name__} does not leave its level invariant; take MALA or HMC."
             )
-        diffusion = ControlledDiffusion(self.scheme(), 1)
+        for steps in (self.steps, self.train_steps or self.steps):
+            self.grid.validate(self.process, steps)
+        diffusion = ControlledDiffusion(replace(self.scheme(2), grid=EqualTimes()), 1)
+        with torch.no_grad():
+            diffusion.base_chain()  # a process that makes no chain of many steps makes none of two
         self.objective.validate(self.scheme(), self.training.batch)
         if self.resampling is not None and not diffusion.guided:
             raise ValueError(
@@ -144,9 +148,6 @@ class Controlled(Method):
         generator = session.generator
         diffusion = ControlledDiffusion(self.scheme(self.train_steps), session.target.dim, session.seed)
         diffusion.to(generator.device)
-        with torch.no_grad():  # a chain that does not exist is found before any work
-            diffusion.tables(torch.zeros((), dtype=self.training.dtype, device=generator.device))
-            diffusion.tables(torch.zeros((), dtype=session.dtype, device=generator.device), self.steps)
         resumed, seen = session.resumed, session.see(self.coordinates)
         if resumed is None:  # the target is tried where walkers come
             z = torch.randn(64, seen.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
