@@ -2,6 +2,7 @@
 
 from undrift.density.controlled.chain import Chain, Rows, langevin, reversal
 from undrift.density.controlled.control import Control, Exact, Informed, Plain, Potential
+from undrift.density.controlled.denoiser import ControlDenoiser
 from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, Scheme, Tables
 from undrift.density.controlled.grid import EqualAngles, EqualTimes, GivenTimes, PowerTimes, TimeGrid
 from undrift.density.controlled.matching import AdjointMatching, ScoreMatching
@@ -31,6 +32,7 @@ __all__ = [
     "Bridge",
     "Chain",
     "Control",
+    "ControlDenoiser",
     "Controlled",
     "ControlledDiffusion",
     "EqualAngles",

@@ -1,6 +1,6 @@
 r"""A controlled diffusion as a table: two Markov chains of Gaussian kernels, one from the prior, one from the target.
 
-Notation (kept through the package; time is counted by k = 0 (prior, t = T) ... K (target, t = 0)):
+Notation (kept through the package; time is counted by k = 0 (prior, t = T) ... K (target, t = 0))::
 
     z_k         state, (C, batch, d): C channels lead, so that a step is one small matrix times one wide one
     F_k, B_k    forward kernel z_k -> z_{k+1} and backward kernel z_{k+1} -> z_k, Gaussian:

@@ -25,12 +25,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from undrift._linalg import as_f64
 from undrift.density.controlled.chain import Chain, contract, langevin, reversal
 from undrift.density.controlled.control import Control, Exact, PotentialField, View
 from undrift.density.controlled.grid import TimeGrid
 from undrift.density.target import Target
 from undrift.process.learned import LearnedProcess
 from undrift.process.linear import LinearProcess
+from undrift.process.recipe import RecipeProcess
 
 __all__ = ["ControlledDiffusion", "Learnable", "Paths", "Scheme", "Tables"]
 
@@ -146,6 +148,13 @@ class ControlledDiffusion(nn.Module):
         super().__init__()
         self.dim = dim
         learned = isinstance(scheme.process, nn.Module)
+        if not learned and _differentiable(scheme.process):
+            name = type(scheme.process).__name__
+            ask = "LearnedProcess.like(process), with learn=('clock',) where it is the clock alone, or give "
+            raise ValueError(
+                f"{name} has parameters that nothing would train: a process is learned as a whole; give "
+                f"{ask if isinstance(scheme.process, RecipeProcess) else ''}one without parameters."
+            )
         process = copy.deepcopy(scheme.process) if learned else scheme.process
         self.scheme = replace(scheme, process=process)
         self.process = process if learned else None
@@ -515,6 +524,12 @@ class ControlledDiffusion(nn.Module):
             log_g = trust * (value + 0.5 * view.y[0].square().sum(-1))
         scaled = z if tables.noise is None else z / tables.noise
         return tables.chain.log_law(k, scaled) + log_g.to(z)
+
+
+def _differentiable(process: LinearProcess) -> bool:
+    """Whether a process has parameters, its clock's included."""
+    with torch.enable_grad():
+        return any(part.requires_grad for part in process.kernel(as_f64([process.horizon])))
 
 
 def _at(times: tuple[Tensor, ...], at: slice) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from undrift.config import build, describe
 from undrift.container import read_file, write_file
 from undrift.density.bounds import bounds
+from undrift.density.controlled.denoiser import ControlDenoiser
 from undrift.density.controlled.diffusion import ControlledDiffusion
 from undrift.density.controlled.walk import walk
 from undrift.density.draws import Draws
@@ -151,6 +152,10 @@ class TrainedSampler:
                 for part in x.split(_PATHS)
             ]
         return torch.cat(parts)
+
+    def denoiser(self) -> ControlDenoiser:
+        """What was learned as E[x0 | x0 + sigma n], in the sampler's coordinates: for any process and any sampler."""
+        return ControlDenoiser(self.diffusion, self.seen)
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
