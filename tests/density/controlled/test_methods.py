@@ -40,7 +40,7 @@ from undrift.density.controlled.objective import KL, LogDerivative, LogVariance,
 from undrift.density.controlled.train import Training
 from undrift.density.targets import Gaussian, Mixture9
 from undrift.density.trust import warnings
-from undrift.process import CLD, HOLD, PSLD, VP, BrownianBridge, LearnedProcess, LinearClock
+from undrift.process import CLD, HOLD, PSLD, VP, BrownianBridge, LearnedClock, LearnedProcess, LinearClock, SubVP
 
 LOG_Z = 0.7
 ODD = Gaussian(dim=2, loc=0.4, scale=0.5, condition=4.0, log_z=LOG_Z)
@@ -72,6 +72,9 @@ METHODS: dict[str, Controlled] = {
         coordinates=Laplace(),
     ),
 }
+
+
+HEAVY = CLD(mass=torch.tensor(0.3, requires_grad=True))
 
 
 def annealed(control: Control, **settings: Any) -> ControlledDiffusion:
@@ -146,6 +149,10 @@ def test_names_are_settings_of_one_class() -> None:
         (lambda: DIS(process=PSLD(aux_scale=0.0)), "auxiliaries that start without noise"),
         (lambda: PIS(integrator="euler"), "infinite at T; take the exponential integrator"),
         (lambda: CMCD(process=BrownianBridge()), "recipe process such as VP"),
+        (lambda: DIS(process=VP(clock=LearnedClock([1.0, 9.0]))), "VP has parameters .* LearnedProcess.like"),
+        (lambda: CMCD(process=VP(clock=LearnedClock([1.0, 9.0]))), "VP has parameters .* LearnedProcess.like"),
+        (lambda: DIS(process=SubVP(clock=LearnedClock([1.0, 9.0]))), "SubVP has parameters .* give one without"),
+        (lambda: ControlledDiffusion(Scheme(HEAVY, EqualTimes(), 4, Plain()), 2), "CLD has parameters"),
     ],
 )
 def test_settings_that_do_not_fit(make: Any, words: str) -> None:

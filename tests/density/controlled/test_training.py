@@ -30,7 +30,7 @@ from undrift.density.controlled.objective import (
 from undrift.density.controlled.train import Training, train
 from undrift.density.journal import Journal
 from undrift.density.targets import Gaussian, Mixture9, TwoModes
-from undrift.process import VP, LearnedProcess, LinearClock
+from undrift.process import VP, LearnedClock, LearnedProcess, LinearClock
 
 loop = importlib.import_module("undrift.density.controlled.train")  # the package has a function of this name
 
@@ -134,6 +134,23 @@ def test_a_learned_process_is_better_than_the_one_it_began_with() -> None:
     moved = [float((a - b).detach().abs().max()) for a, b in zip(after, process.terms(), strict=True)]
     assert max(moved) > 0.02
     assert process.terms()[0][0, 0].item() == pytest.approx(0.1), "the setting itself stays as it was"
+
+
+def test_a_learned_clock_is_learned() -> None:
+    """Of one channel and one knot at each end: both rates move, the noise stays, and the setting is as it was."""
+    process = LearnedProcess.like(VP(clock=LearnedClock([0.1, 2.0])), learn=("clock",))
+    method = DIS(
+        process=process,
+        steps=4,
+        control=Informed(**SMALL),
+        objective=LogDerivative(),
+        training=replace(QUICK, steps=20, rate=2e-2),
+    )
+    after = method.run(ODD, 16, seed=1).sampler.diffusion.process
+    moved = (after.clock.log_rates - process.clock.log_rates).detach().abs()
+    assert bool((moved > 0.02).all())
+    assert torch.equal(after.terms()[0], process.terms()[0])
+    assert process.clock.log_rates.exp().tolist() == pytest.approx([0.1, 2.0])
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
