@@ -171,6 +171,7 @@ def test_euler_rows(name):
     torch.testing.assert_close(chain.backward.gain[:, 0], h * gg, rtol=1e-12, atol=0.0)
     for rows in (chain.forward, chain.backward):
         torch.testing.assert_close(rows.root[:, 0, 0], (h * gg).sqrt(), rtol=1e-12, atol=0.0)
+    assert torch.equal(chain_of(name, 6, integrator="euler", gain="score").forward.gain, chain.forward.gain)
 
 
 @pytest.mark.parametrize("name", ["VP", "CLD", "MALDA"])

@@ -135,6 +135,8 @@ def test_names_are_settings_of_one_class() -> None:
         (lambda: annealed(Potential()), "its control is Plain"),
         (lambda: annealed(Exact(lambda x, sigma: x)), "its control is Plain"),
         (lambda: annealed(Plain(), backward=Plain()), "backward: null"),
+        (lambda: annealed(Plain(), gain="score"), "gain = score: these are for reversals"),
+        (lambda: CMCD(integrator="euler"), "integrator = euler, gain = posterior: these are for reversals"),
         (lambda: Bridge(backward=Informed()), "cannot be guided"),
         (lambda: Bridge(objective=TrustRegion()), "TrustRegion: trains the forward control"),
         (lambda: DIS(move=MALA()), "give resampling"),

@@ -224,7 +224,8 @@ def reversal(
         integrator: "exponential": exact kernels of the reference in both directions. "euler": Euler-Maruyama's in both,
             with the same noise, for processes with one channel.
         gain: how a control enters the exponential kernels: "posterior", the mean of the exact reversal; "score", the
-            covariance times the score at the beginning of the step, as in denoising diffusion samplers.
+            covariance times the score at the beginning of the step, as in denoising diffusion samplers. Euler's kernels
+            have one gain, that of the score, whatever is given here.
 
     Raises:
         ValueError: for a process without density where one is needed.

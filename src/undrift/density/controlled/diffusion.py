@@ -172,6 +172,11 @@ class ControlledDiffusion(nn.Module):
                 "an annealed diffusion has the target's score in both directions already; its control is Plain, and "
                 "serves both (backward: null)."
             )
+        if scheme.annealed and (scheme.integrator, scheme.gain) != ("exponential", "posterior"):
+            raise ValueError(
+                f"integrator = {scheme.integrator}, gain = {scheme.gain}: these are for reversals, and an annealed "
+                "diffusion takes Langevin's steps; leave them at exponential and posterior."
+            )
         if back is not None and back.guided:
             raise ValueError("a backward control cannot be guided by the target; give backward: plain.")
         for part in scheme.learn:

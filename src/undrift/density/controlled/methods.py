@@ -61,8 +61,8 @@ class Controlled(Method):
         control: how the forward control is parametrised.
         backward: of the backward direction; null for the noising process as it is.
         annealed: Langevin dynamics along the geometric path, not the reversal of noise.
-        integrator: "exponential", exact kernels of the reference, or "euler".
-        gain: how a control enters the exponential kernels; see :func:`reversal`.
+        integrator: of a reversal: "exponential", exact kernels of the reference, or "euler"; see :func:`reversal`.
+        gain: of a reversal: how a control enters the exponential kernels; see there.
         learn: what is learned beside controls: "noise"; for annealed ones "prior" and "levels" too.
         objective: what is minimised.
         training: how.

@@ -368,6 +368,11 @@ class _PathObjective(Objective):
             raise ValueError(f"{name}: spread must be positive, got {self.spread}.")
         if self.paths_per_start < 1:
             raise ValueError(f"{name}: paths_per_start must be at least 1, got {self.paths_per_start}.")
+        if self.spread != 1.0 and self.replay is not None:
+            raise ValueError(
+                f"{name}: a replay buffer weighs points as ends of the diffusion's own paths, and those of spread = "
+                f"{self.spread} are none; leave spread = 1, or replay null."
+            )
         if self.paths_per_start > 1 and self.replay is not None:
             raise ValueError(f"{name}: paths that share a start cannot come from a replay buffer; give one of them.")
 
@@ -391,7 +396,7 @@ class LogVariance(_PathObjective):
     """Var[R] on paths of any origin, without the derivative of what drove them.
 
     Args:
-        spread: factor of the noise of the walks: above 1 they explore.
+        spread: factor of the noise of the walks: above 1 they explore. Not with a replay.
         replay: paths from points found earlier; null for none.
         paths_per_start: above 1, the variance is taken over so many paths from each start, and averaged over starts.
     """
