@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from undrift.density import CMCD, DDS, DIS, PIS, Affine, Bridge, Controlled, Draws, Target
-from undrift.density.controlled.control import Control, Field, Informed, Plain, View
+from undrift.density.controlled.control import Control, Field, Informed, Plain, Potential, View
 from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
 from undrift.density.controlled.grid import EqualAngles, EqualTimes
+from undrift.density.controlled.matching import AdjointMatching, ScoreMatching
 from undrift.density.controlled.objective import (
     KL,
     LogDerivative,
@@ -23,12 +24,15 @@ from undrift.density.controlled.objective import (
     Objective,
     Replay,
     Runner,
+    Stages,
     TrajectoryBalance,
     TrustRegion,
     Work,
 )
 from undrift.density.controlled.train import Training, train
 from undrift.density.journal import Journal
+from undrift.density.move import MALA
+from undrift.density.schedule import Resampling
 from undrift.density.targets import Gaussian, Mixture9, TwoModes
 from undrift.process import VP, LearnedClock, LearnedProcess, LinearClock
 
@@ -260,11 +264,10 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], word: str) -> None:
 FEW = Training(steps=11, batch=8, warmup=2, average=4, record=2)
 TINY: dict[str, Any] = {"width": 8, "depth": 1}
 BASE = DIS(steps=5, control=Informed(**TINY), training=FEW)
+TRUST = TrustRegion(buffer=16, refresh=4)
 RUNS: dict[str, Controlled] = {
     "replay": replace(BASE, objective=LogVariance(replay=Replay(capacity=20))),
-    "trust region": replace(
-        BASE, objective=TrustRegion(buffer=16, refresh=4), training=replace(FEW, chunk=2), coordinates=Affine(0.2, 1.5)
-    ),
+    "trust region": replace(BASE, objective=TRUST, training=replace(FEW, chunk=2), coordinates=Affine(0.2, 1.5)),
     "KL": replace(BASE, objective=KL()),
     "TrajectoryBalance": replace(BASE, objective=TrajectoryBalance(), control=Plain(**TINY)),
     "learned process": replace(
@@ -274,6 +277,16 @@ RUNS: dict[str, Controlled] = {
         objective=LogDerivative(),
     ),
     "CMCD": CMCD(steps=5, control=Plain(**TINY), training=FEW),
+    "particles": replace(
+        BASE,
+        control=Potential(**TINY),
+        objective=ScoreMatching(
+            draws=16, examples=32, refresh=3, replace=4, resampling=Resampling(threshold=0.9), move=MALA()
+        ),
+    ),
+    "adjoint, then trust": replace(
+        BASE, objective=Stages(AdjointMatching(draws=8, examples=24, refresh=2, buffer=12), TRUST, after=5, batch=6)
+    ),
 }
 
 

@@ -259,7 +259,8 @@ class _Matcher(Runner):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         if "age" not in tensors:
             return
-        found = {name.removeprefix("examples."): part for name, part in tensors.items() if name.startswith("examples.")}
+        device, prefix = self.work.generator.device, "examples."
+        found = {k.removeprefix(prefix): part.to(device) for k, part in tensors.items() if k.startswith(prefix)}
         self.examples = Examples(**found)
         self.facts = {
             name.removeprefix("seen."): float(part) for name, part in tensors.items() if name.startswith("seen.")
@@ -319,7 +320,8 @@ class _AdjointRunner(_Matcher):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         super().load(tensors)
         if "kept.x" in tensors:
-            self.kept = _Draws(tensors["kept.x"], tensors["kept.novel"])
+            device = self.work.generator.device
+            self.kept = _Draws(tensors["kept.x"].to(device), tensors["kept.novel"].to(device))
 
 
 class _ScoreRunner(_Matcher):
