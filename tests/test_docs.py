@@ -125,6 +125,7 @@ def test_commands_exist_and_take_these_flags(tmp_path, monkeypatch):
 FAST: dict[str, list[str]] = {
     "minimal_density.py": [],
     "minimal_learned.py": ["20"],
+    "minimal_learned_sampler.py": ["20"],
     "minimal_likelihood.py": ["50"],
     "minimal_process.py": ["1000"],
     "minimal_samplers.py": ["500", "5"],
