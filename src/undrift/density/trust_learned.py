@@ -112,11 +112,11 @@ def unseen(draws: Draws) -> Iterator[str]:
     truth = known_log_z(draws)
     missed = "" if truth is None else f" log Z, {log_z - truth[0]:+.3g} from the target's, is that of the rest."
     yield (
-        f"The sampler does not visit a part of the target. Its own weights leave {share:.1%} effective draws, and put "
+        f"The sampler hardly visits a part of the target. Its own weights leave {share:.1%} effective draws, and put "
         f"ELBO {below:.2g} nats below log Z; those of paths walked back from exact samples {forward}put EUBO "
         f"{above:.3g} above it. Weights look even because they compare only what was visited: a mode is missing, or a "
-        f"tail.{missed} Train with a divergence that keeps modes (log-variance, not KL), or on paths from elsewhere "
-        "(replay, more noise); start wider; or let the annealing loop move and resample the walkers."
+        f"tail.{missed} Start wider (coordinates), take a control that is guided by the target, or train on paths that "
+        "explore (spread above 1, replay); no divergence sees by itself what its paths do not visit."
     )
 
 
