@@ -24,7 +24,7 @@ from undrift.process import VP, BrownianBridge, LinearClock, LinearProcess
 
 VP_LINEAR = VP(clock=LinearClock(0.1, 10.0))
 PIS = BrownianBridge(scale=math.sqrt(0.2), horizon=5.0)
-PATHS, GROUPS = 16_000, 16
+PATHS, GROUPS = 10_000, 16
 
 
 class WellDenoiser:

@@ -272,7 +272,7 @@ RUNS: dict[str, Controlled] = {
     "TrajectoryBalance": replace(BASE, objective=TrajectoryBalance(), control=Plain(**TINY)),
     "learned process": replace(
         BASE,
-        process=LearnedProcess.random(2, seed=1),
+        process=LearnedProcess.like(VP(), learn=("D", "clock"), knots=3),
         grid=EqualTimes(),
         objective=LogDerivative(),
     ),
@@ -364,13 +364,12 @@ def test_an_interruption_leaves_no_trace(name: str, keyboard: Keyboard, tmp_path
     keyboard.at()
     run(file)
     calls = keyboard.calls
-    for back in (0, 1):
-        keyboard.at(call=calls - back)
-        with pytest.raises(KeyboardInterrupt):
-            run(file)
-        keyboard.at()
-        same(run(file), expected)
-        assert keyboard.steps == 0, "training was complete"
+    keyboard.at(call=calls)
+    with pytest.raises(KeyboardInterrupt):
+        run(file)
+    keyboard.at()
+    same(run(file), expected)
+    assert keyboard.steps == 0, "training was complete"
 
 
 def test_a_checkpoint_of_another_run_is_refused(keyboard: Keyboard, tmp_path: Path) -> None:
