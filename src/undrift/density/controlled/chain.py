@@ -297,7 +297,7 @@ def _euler(process: LinearProcess, times: Tensor, whole: Tensor, look: Tensor) -
 # -- Langevin dynamics along a path ------------------------------------------------------------------------------------
 
 
-def langevin(process: RecipeProcess, grid: TimeGrid, steps: int) -> Chain:
+def langevin(process: LinearProcess, grid: TimeGrid, steps: int) -> Chain:
     r"""Langevin dynamics in the geometry (D, Q) of a recipe process, with the force as its control.
 
     :math:`dz = -(D + Q) \nabla H\,dB + \sqrt{2D}\,dw` with :math:`\nabla H = -a` on the data channel and
@@ -306,7 +306,7 @@ def langevin(process: RecipeProcess, grid: TimeGrid, steps: int) -> Chain:
     :math:`x + \tfrac h2 a + \sqrt h\,\xi`, h the increment of the clock; for :class:`CLD` an underdamped one.
 
     Raises:
-        ValueError: for a process whose stationary law couples the data to the auxiliaries, or without noise.
+        ValueError: for a process that no recipe makes, or whose stationary law couples the data to the auxiliaries.
     """
     if not isinstance(process, RecipeProcess):
         raise ValueError(

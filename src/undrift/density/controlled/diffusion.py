@@ -202,7 +202,7 @@ class ControlledDiffusion(nn.Module):
         """The table in float64, with gradients to a learned process."""
         s = self.scheme
         if s.annealed:
-            return langevin(s.process, s.grid, steps or s.steps)  # type: ignore[arg-type]
+            return langevin(s.process, s.grid, steps or s.steps)
         return reversal(s.process, s.grid, steps or s.steps, s.integrator, s.gain)
 
     def tables(self, like: Tensor, steps: int | None = None) -> Tables:

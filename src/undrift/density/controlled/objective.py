@@ -8,6 +8,11 @@ Write :math:`R = -\log w = \log F(z_{0:K}) - \log(\gamma B)(z_{0:K})` for a path
     TrajectoryBalance  E[(R + log Z_theta)^2], log Z learned
     TrustRegion    LogVariance towards :math:`F_{old}^{1-\eta} (\gamma B)^{\eta}`, eta as large as a divergence allows
 
+Here F and B are the path measures of diffusion and noising, with their ends: F starts from the prior, :math:`\gamma B`
+from the unnormalised target gamma (chain.py); Z is its normalisation, :math:`\bar R` the mean of R over a batch, and a
+path z_{0:K} runs from the prior to the target. All objectives share :class:`Work`, what they are given, and
+:class:`Runner`, what takes their steps; a network's parameters are changed by train.py alone.
+
 For all but the first, paths are data: a walk without a graph, then one pass over all states of all paths at once, in
 which the loss is :math:`\sum_b c_b \log F_b - c'_b \log B_b` with coefficients known from R. That pass may be cut into
 chunks of steps; memory does not grow with K. Paths may also come from elsewhere: from a walk with more noise, or back

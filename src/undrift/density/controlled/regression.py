@@ -185,7 +185,14 @@ class Examples(NamedTuple):
 
     def take(self, index: Tensor) -> Examples:
         """The examples at an index."""
-        return Examples(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
+        return Examples(
+            self.label[index],
+            self.weight[index],
+            self.y[index],
+            self.target[index],
+            None if self.value is None else self.value[index],
+            None if self.score is None else self.score[index],
+        )
 
     def batch(self, n: int, generator: torch.Generator) -> Examples:
         """One example out of each of n equal parts: as evenly spread over time as all of them."""

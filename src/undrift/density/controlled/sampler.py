@@ -13,6 +13,7 @@ from torch import Tensor
 
 from undrift.config import build, describe
 from undrift.container import read_file, write_file
+from undrift.density.affine import AffineTarget
 from undrift.density.bounds import bounds
 from undrift.density.controlled.denoiser import ControlDenoiser
 from undrift.density.controlled.diffusion import ControlledDiffusion
@@ -122,7 +123,10 @@ class TrainedSampler:
         found = None
         if m.resampling is None:
             found = bounds(result.log_weights, self._backward(seen, min(n, _FORWARD), generator, dtype))
-        x = result.x if seen is self.target else seen.to_x(result.x.reshape(-1, seen.dim)).reshape(result.x.shape)  # type: ignore[attr-defined]
+        x = result.x
+        if seen is not self.target:
+            assert isinstance(seen, AffineTarget)
+            x = seen.to_x(x.reshape(-1, seen.dim)).reshape(x.shape)
         accepted = [row["acceptance"] for row in result.rows if row["acceptance"] is not None]
         return Draws(
             target=self.target,
