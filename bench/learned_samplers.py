@@ -193,9 +193,10 @@ def modes(effort: float) -> Iterator[Cell]:
         settings = training(800, effort, batch=128, rate=3e-3)
         loop = CMCD(steps=100, train_steps=50, training=settings, coordinates=Affine(0.0, scale))
         yield "modes", name, "CMCD, log-derivative", make(), loop, 4096
-        for label, move in (("CMCD, resampled", None), ("CMCD, resampled, HMC", HMC())):
-            corrected = replace(loop, resampling=Resampling(), move=move, move_size=0.01)
-            yield "modes", name, label, make(), corrected, 4096
+        corrected = replace(loop, resampling=Resampling(), move=HMC(), move_size=0.02)
+        yield "modes", name, "CMCD, resampled, HMC", make(), corrected, 4096
+        untrained = replace(corrected, learn=(), training=Training(steps=0))
+        yield "modes", name, "untrained, resampled, HMC", make(), untrained, 4096
 
 
 def processes(effort: float) -> Iterator[Cell]:
