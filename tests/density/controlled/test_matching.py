@@ -17,8 +17,9 @@ from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
 from undrift.density.controlled.grid import EqualAngles
 from undrift.density.controlled.matching import AdjointMatching, ScoreMatching
 from undrift.density.controlled.methods import Controlled
-from undrift.density.controlled.objective import LogVariance, Objective, Runner, Stages, Work
+from undrift.density.controlled.objective import LogVariance, Objective, Runner, Work
 from undrift.density.controlled.regression import Curvature, Times, control_at, noised, stein
+from undrift.density.controlled.stages import Stages
 from undrift.density.controlled.train import Training
 from undrift.density.controlled.train import train as run
 from undrift.density.schedule import Resampling

@@ -35,8 +35,9 @@ from undrift.density.archive import load_draws, save_draws
 from undrift.density.controlled.control import Control, Exact, Informed, Plain, Potential
 from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
 from undrift.density.controlled.grid import EqualTimes, GivenTimes, PowerTimes
-from undrift.density.controlled.objective import KL, LogDerivative, LogVariance, Replay, TrajectoryBalance, TrustRegion
+from undrift.density.controlled.objective import KL, LogDerivative, LogVariance, Replay, TrajectoryBalance
 from undrift.density.controlled.train import Training
+from undrift.density.controlled.trust_region import TrustRegion
 from undrift.density.targets import Gaussian, Mixture9
 from undrift.density.trust import warnings
 from undrift.process import CLD, HOLD, PSLD, VP, BrownianBridge, LearnedClock, LearnedProcess, LinearClock, SubVP

@@ -21,12 +21,11 @@ from undrift.density.controlled.objective import (
     Objective,
     Replay,
     TrajectoryBalance,
-    TrustRegion,
     Work,
     backpropagate,
     facts,
-    tempering,
 )
+from undrift.density.controlled.trust_region import TrustRegion, tempering
 from undrift.density.targets import Gaussian
 from undrift.process import CLD, VP, BrownianBridge, ConstantClock, LearnedProcess, LinearClock
 

@@ -24,12 +24,12 @@ from undrift.density.controlled.objective import (
     Objective,
     Replay,
     Runner,
-    Stages,
     TrajectoryBalance,
-    TrustRegion,
     Work,
 )
+from undrift.density.controlled.stages import Stages
 from undrift.density.controlled.train import Training, train
+from undrift.density.controlled.trust_region import TrustRegion
 from undrift.density.journal import Journal
 from undrift.density.move import MALA
 from undrift.density.schedule import Resampling

@@ -13,12 +13,12 @@ from undrift.density.controlled.objective import (
     LogVariance,
     Objective,
     Replay,
-    Stages,
     TrajectoryBalance,
-    TrustRegion,
 )
 from undrift.density.controlled.sampler import Trained, TrainedSampler
+from undrift.density.controlled.stages import Stages
 from undrift.density.controlled.train import Training, train
+from undrift.density.controlled.trust_region import TrustRegion
 from undrift.density.controlled.walk import walk
 
 __all__ = [

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from undrift.density.controlled.chain import Chain
 from undrift.density.controlled.diffusion import ControlledDiffusion, Paths, Scheme, clean
-from undrift.density.controlled.objective import Objective, Runner, Work, facts, tempering
+from undrift.density.controlled.objective import Objective, Runner, Work, facts
 from undrift.density.controlled.regression import (
     Curvature,
     Examples,
@@ -54,6 +54,7 @@ from undrift.density.controlled.regression import (
     steps_spread,
     unknown_of,
 )
+from undrift.density.controlled.trust_region import tempering
 from undrift.density.controlled.walk import walk
 from undrift.density.move import Move
 from undrift.density.schedule import Resampling

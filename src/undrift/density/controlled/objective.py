@@ -6,7 +6,9 @@ Write :math:`R = -\log w = \log F(z_{0:K}) - \log(\gamma B)(z_{0:K})` for a path
     LogDerivative  E_F[R] again, by :math:`E_F[(R - \bar R) \nabla \log F] - E_F[\nabla \log B]`
     LogVariance    Var[R], over the batch or over paths that share a start (VarGrad, trajectory balance without Z)
     TrajectoryBalance  E[(R + log Z_theta)^2], log Z learned
-    TrustRegion    LogVariance towards :math:`F_{old}^{1-\eta} (\gamma B)^{\eta}`, eta as large as a divergence allows
+
+and, in files of their own, TrustRegion (LogVariance towards a target that moves), the regressions of matching.py, and
+Stages of them.
 
 Here F and B are the path measures of diffusion and noising, with their ends: F starts from the prior, :math:`\gamma B`
 from the unnormalised target gamma (chain.py); Z is its normalisation, :math:`\bar R` the mean of R over a batch, and a
@@ -26,7 +28,7 @@ References:
     Richter & Berner, Improved Sampling via Learned Diffusions, 2024, section 3 (log-variance).
     Nüsken & Richter, Solving High-Dimensional Hamilton-Jacobi-Bellman PDEs, 2021.
     Sanokowski et al., Rethinking Losses for Diffusion Bridge Samplers, 2025 (log-derivative KL).
-    Malkin et al., Trajectory Balance, 2022. Blessing et al., Trust Region Constrained Measure Transport, 2025.
+    Malkin et al., Trajectory Balance, 2022.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,9 +54,7 @@ __all__ = [
     "Objective",
     "Replay",
     "Runner",
-    "Stages",
     "TrajectoryBalance",
-    "TrustRegion",
     "Work",
 ]
 
@@ -320,7 +320,7 @@ class _PathRunner(Runner):
         walked = paths = self._walk(tables, work.batch - replayed)
         if replayed and self.buffer is not None:
             x = self.buffer.draw(replayed, work.generator)
-            paths = _join(walked, work.diffusion.walk_back(work.target, tables, x, work.generator))
+            paths = join_paths(walked, work.diffusion.walk_back(work.target, tables, x, work.generator))
         log_w, c = backpropagate(work, tables, paths, lambda r: o.coefficients(r, work), self.ends)
         if not math.isfinite(c.loss):
             return lost(log_w)
@@ -352,7 +352,7 @@ class _PathRunner(Runner):
             self.buffer.x, self.buffer.log_w = (tensors[f"replay.{key}"].to(device) for key in ("x", "log_w"))
 
 
-def _join(a: Paths, b: Paths) -> Paths:
+def join_paths(a: Paths, b: Paths) -> Paths:
     return Paths(
         torch.cat([a.z, b.z], 2),
         None if a.value is None or b.value is None else torch.cat([a.value, b.value], 1),
@@ -472,213 +472,3 @@ class TrajectoryBalance(_PathObjective):
         miss = (r + log_z).masked_fill(~good, 0.0)
         log_z.lerp_(mean.to(log_z), self.rate)
         return Coefficients(float(miss.square().sum() / n), 2 * miss / n, 2 * miss / n)
-
-
-# -- trust region ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class TrustRegion(Objective):
-    r"""LogVariance towards :math:`F_{old}^{1-\eta} (\gamma B)^\eta`, on a buffer of paths of F_old.
-
-    The next path density is as near to the target's as a divergence of ``bound`` from the present one allows; eta comes
-    from the weights of the buffer by bisection. Between two refreshments the target is not asked at all.
-
-    It trains the forward control alone: noise, process and backward kernels have to be fixed.
-
-    Args:
-        bound: largest divergence of the next path measure from the present one, in nats.
-        buffer: paths that are kept.
-        refresh: steps between two refreshments.
-    """
-
-    bound: float = 0.1
-    buffer: int = 4096
-    refresh: int = 100
-
-    def __post_init__(self) -> None:
-        if not self.bound > 0:
-            raise ValueError(f"TrustRegion: bound must be positive, got {self.bound}.")
-        for key in ("buffer", "refresh"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"TrustRegion: {key} must be at least 1, got {getattr(self, key)}.")
-
-    def validate(self, scheme: Scheme, batch: int) -> None:
-        super().validate(scheme, batch)
-        if scheme.backward is not None or scheme.annealed:
-            raise ValueError(
-                "TrustRegion: trains the forward control towards fixed backward kernels, and these have a control of "
-                "their own; take LogVariance or LogDerivative, or a diffusion with backward: null, annealed: false."
-            )
-
-    def runner(self, work: Work) -> Runner:
-        return _TrustRunner(self, work)
-
-
-def tempering(log_w: Tensor, bound: float) -> float:
-    """Largest eta in [0, 1] for which the weights w^eta diverge from equal ones by no more than ``bound`` nats."""
-    log_w = log_w[torch.isfinite(log_w)].double()
-
-    def divergence(eta: float) -> float:
-        p = (eta * log_w).log_softmax(0)
-        return float((p.exp() * p).sum()) + math.log(len(log_w))
-
-    if divergence(1.0) <= bound:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if divergence(middle) <= bound else (low, middle)
-    return low
-
-
-class _TrustRunner(Runner):
-    def __init__(self, objective: TrustRegion, work: Work) -> None:
-        self.objective, self.work = objective, work
-        self.paths: Paths | None = None
-        self.old = self.log_w = torch.zeros(0)
-        self.eta, self.age, self.facts = 0.0, 0, {"loss": math.nan}
-
-    def step(self) -> dict[str, float]:
-        work, tables = self.work, self.work.tables()
-        if self.paths is None or self.age >= self.objective.refresh:
-            log_w = self._refresh(tables)
-            if self.paths is None:
-                return lost(log_w)
-        generator, pieces = work.generator, work.pieces(tables)
-        index = torch.randint(len(self.old), (work.batch,), generator=generator, device=generator.device)
-        paths, old, log_w = self.paths.take(index), self.old[index], self.log_w[index]
-        kernels = None
-        if len(pieces) == 1:
-            kernels = self._forward(tables, pieces[0], paths)
-            forward = self._start(tables, paths) + kernels.detach().double()
-        else:
-            forward = self._whole(tables, paths)
-        miss, count = centred(forward - old - self.eta * log_w, 1)
-        c = 2 * miss / (count - 1).clamp(min=1)
-        for at in pieces:
-            part = self._forward(tables, at, paths) if kernels is None else kernels
-            (c.to(part) * part).sum().backward(retain_graph=at.stop < tables.chain.steps)
-        self.age += 1
-        return {**self.facts, "loss": float((0.5 * c * miss).sum()), "eta": self.eta}
-
-    def _forward(self, tables: Tables, at: slice, paths: Paths) -> Tensor:
-        """log F of the steps ``at``, (batch,)."""
-        z = paths.z[at.start : at.stop + 1]
-        value = None if paths.value is None else paths.value[at]
-        score = None if paths.score is None else paths.score[at]
-        control = self.work.diffusion.forward_control(tables, at, z[:-1], value, score)
-        return tables.chain.log_forward(at, z, control).sum(0)
-
-    def _start(self, tables: Tables, paths: Paths) -> Tensor:
-        return self.work.diffusion.log_start(tables, paths.z[0]).double()
-
-    @torch.no_grad()
-    def _whole(self, tables: Tables, paths: Paths) -> Tensor:
-        """log F of paths, (batch,), without a graph."""
-        total = self._start(tables, paths)
-        for at in self.work.pieces(tables):
-            total = total + self._forward(tables, at, paths).double()
-        return total
-
-    def _refresh(self, tables: Tables) -> Tensor:
-        """Walk the buffer anew: log w of all its paths; without a usable one, none are kept."""
-        work = self.work
-        parts, walked = [], 0
-        while walked < self.objective.buffer:
-            n = min(max(work.batch, 1024), self.objective.buffer - walked)
-            parts.append(work.walk(tables, n))
-            walked += n
-        paths = parts[0]
-        for part in parts[1:]:
-            paths = _join(paths, part)
-        with torch.no_grad():
-            log_w = work.diffusion.log_weights(tables, paths, work.chunk)
-        good = torch.isfinite(log_w).nonzero().squeeze(-1)
-        if len(good) == 0:
-            self.paths = None
-            return log_w
-        self.paths = paths._replace(control=None).take(good)
-        self.log_w, self.age = log_w[good], 0
-        self.old = self._whole(tables, self.paths)
-        self.eta = tempering(self.log_w, self.objective.bound)
-        self.facts = facts(math.nan, log_w)
-        return log_w
-
-    def state(self) -> Mapping[str, Tensor]:
-        if self.paths is None:
-            return {}
-        found = {name: part for name, part in self.paths._asdict().items() if part is not None}
-        more = {"old": self.old, "log_w": self.log_w, "eta": torch.tensor([self.eta, self.age], dtype=torch.float64)}
-        numbers = torch.tensor([self.facts.get(key, math.nan) for key in _FACTS], dtype=torch.float64)
-        return {f"trust.{name}": part for name, part in {**found, **more, "facts": numbers}.items()}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        device = self.work.generator.device
-        found = {
-            name.removeprefix("trust."): part.to(device) for name, part in tensors.items() if name.startswith("trust.")
-        }
-        if not found:
-            return
-        self.paths = Paths(**{name: found.get(name) for name in Paths._fields})  # type: ignore[arg-type]
-        self.old, self.log_w = found["old"], found["log_w"]
-        self.eta, age = found["eta"].tolist()
-        self.age = int(age)
-        self.facts = dict(zip(_FACTS, found["facts"].tolist(), strict=True))
-
-
-_FACTS = ("loss", "elbo", "log_z", "ess", "dropped")
-
-
-# -- one after the other -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Stages(Objective):
-    """One objective, then another: matching finds the control, a divergence over paths polishes it.
-
-    Args:
-        first, then: what is minimised.
-        after: steps of the first.
-        batch: paths or points a step of the second; null for that of the training.
-    """
-
-    first: Objective
-    then: Objective
-    after: int = 1000
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.after < 1:
-            raise ValueError(f"Stages: after must be at least 1, got {self.after}.")
-        if self.batch is not None and self.batch < 2:
-            raise ValueError(f"Stages: batch must be at least 2, got {self.batch}.")
-
-    def validate(self, scheme: Scheme, batch: int) -> None:
-        self.first.validate(scheme, batch)
-        self.then.validate(scheme, batch if self.batch is None else self.batch)
-
-    def runner(self, work: Work) -> Runner:
-        later = work if self.batch is None else replace(work, batch=self.batch)
-        return _StagesRunner(self.after, self.first.runner(work), self.then.runner(later))
-
-
-class _StagesRunner(Runner):
-    def __init__(self, after: int, first: Runner, then: Runner) -> None:
-        self.after, self.first, self.then, self.done = after, first, then, 0
-
-    def step(self) -> dict[str, float]:
-        self.done += 1
-        return (self.first if self.done <= self.after else self.then).step()
-
-    def state(self) -> Mapping[str, Tensor]:
-        kept = {f"first.{k}": v for k, v in self.first.state().items()} if self.done < self.after else {}
-        kept |= {f"then.{k}": v for k, v in self.then.state().items()}
-        return kept | {"stages.done": torch.tensor(self.done)}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        if "stages.done" not in tensors:
-            return
-        self.done = int(tensors["stages.done"])
-        for name, runner in (("first.", self.first), ("then.", self.then)):
-            runner.load({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
