@@ -64,7 +64,7 @@ class EulerMaruyama(TableSampler):
                 [a[i]],
                 [b[i]],
                 noise[i] if self.stochasticity and (i < last or self.noise_last) else None,
-                float(times[i + 1]),
+                times[i + 1],
             )
             for i in range(last + 1)
         ]
@@ -132,5 +132,5 @@ class Heun(TableSampler):
             if i + 1 < len(h) and start[i + 1] > times[i + 1]:
                 phi, root = process.transition(times[i + 1], start[i + 1])
                 first, before, predicted, noise = phi @ first, phi @ before, phi @ predicted, self.churn_noise * root
-            rows.append(Row(times[i + 1], [first, before], [predicted], noise, float(times[i + 1])))
+            rows.append(Row(times[i + 1], [first, before], [predicted], noise, times[i + 1]))
         return rows

@@ -76,7 +76,7 @@ def reverse_flow(process: LinearProcess, times: Tensor, stochasticity: float = 0
         return at.t[..., None, None] * (upper - upper.mT + 0.5 * stochasticity**2 * n)
 
     log_times = times.log()
-    panels = max(1, math.ceil(float(log_times.diff().abs().max()) / _PANEL))
+    panels = max(1, math.ceil(float(log_times.detach().diff().abs().max()) / _PANEL))
     flow = linear_flow(generator, log_times[:-1], log_times[1:], panels)
     inner, ends = passed[0].flatten(), Nodes.at(process, times)
     eye = torch.eye(process.channels, dtype=torch.float64)
@@ -136,7 +136,7 @@ class Exponential(TableSampler):
                 knots = level[i - history + 1 : i + 1].flip(0)
                 corrections = self._corrections(place[i], density[i], knots, level[i + 1])
                 b = [fixed[i] - sum(corrections), *corrections]
-            rows.append(Row(times[i], [flow.phi[i]], b, None if noise is None else noise[i], float(times[i + 1])))
+            rows.append(Row(times[i], [flow.phi[i]], b, None if noise is None else noise[i], times[i + 1]))
         return rows
 
     def _corrections(self, place: Tensor, density: Tensor, knots: Tensor, end: Tensor) -> list[Tensor]:
@@ -152,18 +152,17 @@ class Exponential(TableSampler):
                 for m in others:
                     lagrange = lagrange * (place - knots[m]) / (knots[j] - knots[m])
                 this[j - 1] = (lagrange[:, None, None] * density).sum(0)
-            trust = _trust(torch.cat([end.reshape(1), knots[:order]])) if self.guard else 1.0
+            trust = _trust(torch.cat([end.reshape(1), knots[:order]])) if self.guard else torch.ones_like(end)
             out = out + trust * (this - below)
             below = this
-            if trust == 0:
+            if not bool(trust):
                 break
         return list(out)
 
 
-def _trust(levels: Tensor) -> float:
+def _trust(levels: Tensor) -> Tensor:
     """Weight of an order by the longest step in log sigma of its stencil: 1 to 0.5, 0 from 1 on, linear between."""
-    longest = float(levels.diff().abs().max())
-    return min(1.0, max(0.0, (1.0 - longest) / 0.5))
+    return ((1.0 - levels.diff().abs().max()) / 0.5).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,9 @@ class DPMSolver2M(TableSampler):
         h = -walk.ends.log_sigma.diff()
         rows = []
         for i in range(len(h)):
-            r = 0.0 if i == 0 else float(h[i] / (2 * h[i - 1]))
+            r = torch.zeros_like(h[0]) if i == 0 else h[i] / (2 * h[i - 1])
             b = [fixed[i]] if i == 0 else [(1 + r) * fixed[i], -r * fixed[i]]
-            rows.append(Row(times[i], [flow.phi[i]], b, None, float(times[i + 1])))
+            rows.append(Row(times[i], [flow.phi[i]], b, None, times[i + 1]))
         return rows
 
 
@@ -220,4 +219,4 @@ class Ancestral(TableSampler):
         gain = torch.linalg.solve_triangular(joint[:, :k, :k], joint[:, k:, :k], upper=False, left=False)
         spread = joint[:, k:, k:]
         b = phi[1:] - gain @ phi[:-1]
-        return [Row(times[i], [gain[i]], [b[i]], spread[i], float(times[i + 1])) for i in range(len(times) - 1)]
+        return [Row(times[i], [gain[i]], [b[i]], spread[i], times[i + 1]) for i in range(len(times) - 1)]

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from undrift._linalg import as_f64, sqrt_sum
 from undrift.process.linear import LinearProcess
 from undrift.sample.grid import Grid, LogSigma
 
@@ -44,6 +45,8 @@ class Plan:
         L: noise roots, (N, K, K); zero rows draw no noise.
         prior: root (K, K) of the law that the walk starts from.
         after: time of the state that each row leaves, (N,); NaN where the row is a stage inside a step.
+        lead: what stands between the state at the first time and the first call, a matrix and a noise root, each
+            (K, K): the identity and zero but for methods that begin with half a step.
     """
 
     process: LinearProcess
@@ -53,6 +56,7 @@ class Plan:
     L: Tensor
     prior: Tensor
     after: Tensor
+    lead: tuple[Tensor, Tensor]
 
     @property
     def calls(self) -> int:
@@ -99,9 +103,15 @@ class TableSampler(Sampler, ABC):
     def rows(self, process: LinearProcess, times: Tensor) -> list[Row]:
         """The rows that walk from ``times[0]`` to ``times[-1]``; at least one per interval."""
 
-    def initial(self, process: LinearProcess, times: Tensor) -> Tensor:
-        """Root of the law of the first state that the model sees."""
-        return process.prior(times[0])
+    def lead(self, process: LinearProcess, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Matrix and noise root, each (K, K), from the state at the first time to the one that the model sees first."""
+        eye = torch.eye(process.channels, dtype=torch.float64)
+        return eye, torch.zeros_like(eye)
+
+    @property
+    def nodes(self) -> int:
+        """Times that the method asks its grid for."""
+        return self.steps + (self.final == "none")
 
     def plan(self, process: LinearProcess) -> Plan:
         """The table for ``process``.
@@ -109,13 +119,26 @@ class TableSampler(Sampler, ABC):
         Raises:
             ValueError: if the grid gives unusable times, or the method does not apply to the process.
         """
-        nodes = self.steps + (self.final == "none")
-        times = (self.grid or self.default_grid(process)).times(process, nodes)
-        if times.shape != (nodes,) or bool((times.diff() >= 0).any()) or float(times[-1]) <= 0:
+        return self.table(process, (self.grid or self.default_grid(process)).times(process, self.nodes))
+
+    def table(self, process: LinearProcess, times: Tensor) -> Plan:
+        """The table on times of your own, differentiable in them and in the process.
+
+        Args:
+            process: any linear process that the method applies to.
+            times: as many as :attr:`nodes`, strictly decreasing in (0, T], float64.
+
+        Raises:
+            ValueError: if the times are unusable, or the method does not apply to the process.
+        """
+        nodes = self.nodes
+        if times.shape != (nodes,) or bool((times.diff() >= 0).any()) or not bool(times[-1] > 0):
             raise ValueError(
                 f"{type(self).__name__}: the grid must give {nodes} strictly decreasing times in (0, T], "
                 f"got {times.tolist()}."
             )
+        lead = self.lead(process, times)
+        start = process.prior(times[0])
         rows = self.rows(process, times) if nodes > 1 else []
         if self.final != "none":
             rows.append(self._final_row(process, times[-1]))
@@ -134,8 +157,9 @@ class TableSampler(Sampler, ABC):
             L=torch.stack(
                 [zero if r.L is None else torch.nn.functional.pad(r.L, (0, k - r.L.shape[-1])) for r in rows]
             ),
-            prior=self.initial(process, times),
-            after=torch.tensor([r.after for r in rows], dtype=torch.float64),
+            prior=sqrt_sum(lead[0] @ start, lead[1]) if bool(lead[1].any()) else lead[0] @ start,
+            after=torch.stack([as_f64(r.after).detach() for r in rows]),
+            lead=lead,
         )
 
     def _final_row(self, process: LinearProcess, t: Tensor) -> Row:
@@ -158,7 +182,7 @@ class Row:
     A: list[Tensor]
     B: list[Tensor]
     L: Tensor | None
-    after: float
+    after: Tensor | float
 
 
 @dataclass(frozen=True)

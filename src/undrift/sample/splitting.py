@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from undrift._linalg import ou_transition, sqrt_sum
+from undrift._linalg import ou_transition
 from undrift.process.families import noise_root
 from undrift.process.linear import LinearProcess
 from undrift.process.recipe import RecipeProcess
@@ -74,12 +74,11 @@ class SSCS(TableSampler):
         a, d = process.reversed_matrices()
         return ou_transition(a, noise_root(d), b)
 
-    def initial(self, process: LinearProcess, times: Tensor) -> Tensor:
+    def lead(self, process: LinearProcess, times: Tensor) -> tuple[Tensor, Tensor]:
         if len(times) < 2:
-            return super().initial(process, times)
+            return super().lead(process, times)
         recipe, _, first, _ = self._halves(process, times)
-        phi, root = self._ornstein_uhlenbeck(recipe, first[0])
-        return sqrt_sum(phi @ process.prior(times[0]), root)
+        return self._ornstein_uhlenbeck(recipe, first[0])
 
     def rows(self, process: LinearProcess, times: Tensor) -> list[Row]:
         recipe, middle, first, second = self._halves(process, times)
@@ -94,7 +93,7 @@ class SSCS(TableSampler):
         eye = torch.eye(process.channels, dtype=torch.float64)
         rows = []
         for i in range(len(b)):
-            after = float(times[i + 1])
+            after = times[i + 1]
             if self.order == 1:
                 rows.append(Row(at[i], [phi[i] @ (eye + m[i])], [phi[i] @ c[i]], root[i], after))
             else:
