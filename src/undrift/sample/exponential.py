@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -201,12 +202,26 @@ class Ancestral(TableSampler):
 
     Gain :math:`S_s \Phi(s,t)^\top S_t^{-1}` and posterior root come from one QR of square roots; nothing is subtracted.
 
+    Its mean is the exact :math:`E[z_s \mid z_t]` whatever the data; its covariance is too small by what x0 itself varies
+    given z_t. With the forward transition's, :math:`\Phi^{-1} \Sigma \Phi^{-\top}`, it is too large instead: that is the
+    reverse SDE with the *score* held over the step, in the frame in which the score is a martingale, where the
+    posterior's is that with the *prediction* held.
+
     Args:
         steps, grid, final: see :class:`TableSampler`.
+        variance: "posterior" or "forward".
 
     References:
         Ho, Jain & Abbeel, Denoising Diffusion Probabilistic Models, 2020, eq. 6-7.
+        Wang, He & Tao, Evaluating the Design Space of Diffusion-Based Generative Models, 2024 (the held score, for VE).
     """
+
+    variance: Literal["posterior", "forward"] = "posterior"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variance not in ("posterior", "forward"):
+            raise ValueError(f"Ancestral: variance must be 'posterior' or 'forward', got {self.variance!r}.")
 
     def rows(self, process: LinearProcess, times: Tensor) -> list[Row]:
         k = process.channels
@@ -217,6 +232,6 @@ class Ancestral(TableSampler):
             torch.cat([torch.cat([step @ root[1:], noise], -1), torch.cat([root[1:], torch.zeros_like(noise)], -1)], -2)
         )
         gain = torch.linalg.solve_triangular(joint[:, :k, :k], joint[:, k:, :k], upper=False, left=False)
-        spread = joint[:, k:, k:]
+        spread = joint[:, k:, k:] if self.variance == "posterior" else torch.linalg.solve(step, noise)
         b = phi[1:] - gain @ phi[:-1]
         return [Row(times[i], [gain[i]], [b[i]], spread[i], times[i + 1]) for i in range(len(times) - 1)]

@@ -45,6 +45,7 @@ class Plan:
         L: noise roots, (N, K, K); zero rows draw no noise.
         prior: root (K, K) of the law that the walk starts from.
         after: time of the state that each row leaves, (N,); NaN where the row is a stage inside a step.
+        start: the time that the walk starts from.
         lead: what stands between the state at the first time and the first call, a matrix and a noise root, each
             (K, K): the identity and zero but for methods that begin with half a step.
     """
@@ -56,6 +57,7 @@ class Plan:
     L: Tensor
     prior: Tensor
     after: Tensor
+    start: Tensor
     lead: tuple[Tensor, Tensor]
 
     @property
@@ -159,6 +161,7 @@ class TableSampler(Sampler, ABC):
             ),
             prior=sqrt_sum(lead[0] @ start, lead[1]) if bool(lead[1].any()) else lead[0] @ start,
             after=torch.stack([as_f64(r.after).detach() for r in rows]),
+            start=times[0],
             lead=lead,
         )
 
