@@ -45,8 +45,8 @@ class Law:
         spectrum: the data.
         time: of the state; 0 after a final call.
         mean, cov: of the K channels, (n, K) and (n, K, K).
-        exact_mean, exact_cov: of z_t for that data, of the same shapes; at t = 0 those of the data and of the auxiliaries'
-            start.
+        exact_mean, exact_cov: of z_t for that data, of the same shapes; at t = 0 those of the data and of
+            the auxiliaries' start.
     """
 
     spectrum: Spectrum

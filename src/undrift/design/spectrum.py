@@ -115,8 +115,8 @@ class Spectrum:
             x: points (n, *event), n at least 2.
             basis: "pca" takes the covariance's own eigenvectors, exact for the sample, at a cost of d^3; with fewer
                 points than coordinates the rest of the spectrum is zero. "fft" takes the plane waves over the last two
-                dimensions of the event (the last one, if there is no other): exact for stationary data, a diagonal of the
-                covariance for others, at a cost of d log d, and with little noise from few points.
+                dimensions of the event (the last one, if there is no other): exact for stationary data, a diagonal of
+                the covariance for others, at a cost of d log d, and with little noise from few points.
             name: of the spectrum.
 
         Raises:
@@ -140,7 +140,7 @@ class Spectrum:
             return cls(power.flatten()[order], mean.flatten()[order], name=f"{name}, fft")
         flat = points.flatten(1)
         if n <= flat.shape[1]:
-            u, s, v = torch.linalg.svd(flat, full_matrices=True)
+            _, s, v = torch.linalg.svd(flat, full_matrices=True)
             values = torch.zeros(flat.shape[1], dtype=torch.float64)
             values[: len(s)] = s.square() / (n - 1)
             coordinates = v @ centre.flatten()
@@ -192,7 +192,7 @@ class Spectrum:
         return (self._count * torch.where(noise.isinf(), self.variance, scale)).sum(-1)
 
     def information(self, low: Tensor, high: Tensor) -> Tensor:
-        r""":math:`\int_{snr = 1/high^2}^{1/low^2} mmse\, d\,snr`, in closed form, for levels low < high of one shape."""
+        r""":math:`\int mmse\, d\,snr` from 1/high^2 to 1/low^2, in closed form, for levels low < high of one shape."""
         near, far = (as_f64(s).square().reciprocal().unsqueeze(-1) * self.variance for s in (low, high))
         return (self._count * (torch.log1p(near) - torch.log1p(far))).sum(-1)
 
@@ -204,6 +204,6 @@ class Spectrum:
         low, high = float(self.variance.min()), float(self.variance.max())
         per = self.second_moment / self.dim
         return (
-            f"Spectrum({self.name}: {self.dim:g} coordinates, {len(self.variance)} eigenvalues {low:.3g} to {high:.3g}, "
-            f"root mean square {math.sqrt(per):.3g})"
+            f"Spectrum({self.name}: {self.dim:g} coordinates, {len(self.variance)} eigenvalues, "
+            f"{low:.3g} to {high:.3g}, root mean square {math.sqrt(per):.3g})"
         )

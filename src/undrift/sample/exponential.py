@@ -200,12 +200,12 @@ class DPMSolver2M(TableSampler):
 class Ancestral(TableSampler):
     r"""Draws from the exact posterior :math:`q(z_s \mid z_t, \hat z_0)`, for any process: DDPM's sampler.
 
-    Gain :math:`S_s \Phi(s,t)^\top S_t^{-1}` and posterior root come from one QR of square roots; nothing is subtracted.
+    Gain :math:`S_s \Phi(s,t)^\top S_t^{-1}` and posterior root come from one QR of roots; nothing is subtracted.
 
-    Its mean is the exact :math:`E[z_s \mid z_t]` whatever the data; its covariance is too small by what x0 itself varies
-    given z_t. With the forward transition's, :math:`\Phi^{-1} \Sigma \Phi^{-\top}`, it is too large instead: that is the
-    reverse SDE with the *score* held over the step, in the frame in which the score is a martingale, where the
-    posterior's is that with the *prediction* held.
+    Its mean is the exact :math:`E[z_s \mid z_t]` whatever the data; its covariance is too small by what x0 itself
+    varies given z_t. With the forward transition's, :math:`\Phi^{-1} \Sigma \Phi^{-\top}`, it is too large instead:
+    that is the reverse SDE with the *score* held over the step, in the frame in which the score is a martingale, where
+    the posterior's is that with the *prediction* held.
 
     Args:
         steps, grid, final: see :class:`TableSampler`.
