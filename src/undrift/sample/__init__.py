@@ -3,7 +3,18 @@
 from undrift.sample.euler import EulerMaruyama, Heun
 from undrift.sample.exponential import Ancestral, DPMSolver2M, Exponential
 from undrift.sample.flow import ProbabilityFlow
-from undrift.sample.grid import Given, Grid, LogSigma, Quadratic, Rho, Uniform
+from undrift.sample.grid import (
+    Cosine,
+    Given,
+    Grid,
+    Interpolated,
+    LogSigma,
+    Published,
+    Quadratic,
+    Rho,
+    Tangent,
+    Uniform,
+)
 from undrift.sample.plan import Plan, Sampler, TableSampler
 from undrift.sample.run import Trajectory, sample
 from undrift.sample.splitting import SSCS
@@ -11,19 +22,23 @@ from undrift.sample.splitting import SSCS
 __all__ = [
     "SSCS",
     "Ancestral",
+    "Cosine",
     "DPMSolver2M",
     "EulerMaruyama",
     "Exponential",
     "Given",
     "Grid",
     "Heun",
+    "Interpolated",
     "LogSigma",
     "Plan",
     "ProbabilityFlow",
+    "Published",
     "Quadratic",
     "Rho",
     "Sampler",
     "TableSampler",
+    "Tangent",
     "Trajectory",
     "Uniform",
     "sample",
