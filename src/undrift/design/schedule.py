@@ -292,12 +292,12 @@ def step_density(source: Spectrum | Curve, form: Form = "denoiser", dim: float |
     curve, d = source, 0.0 if dim is None else float(dim)
 
     def density(sigma: Tensor) -> Tensor:
-        v, half = sigma.square(), math.exp(0.005)
-        mmse = curve(torch.cat([sigma / half, sigma, sigma * half])).reshape(3, -1)
-        slope = (mmse[2] - mmse[0]) / (v * 0.02)  # ln v changes by twice the change of ln sigma
-        if form == "denoiser":
-            return slope.clamp(min=0) / v.square()
-        return ((d + slope - 2 * mmse[1] / v) / v.square()).clamp(min=0)
+        at = sigma * torch.tensor([[-0.005], [0.005]], dtype=torch.float64).exp()
+        mmse, v = curve(at.flatten()).reshape(2, -1), at.square()
+        # Minus the score's square is differenced whole: where noise is small its terms all but cancel.
+        held = mmse if form == "denoiser" else mmse / v.square() - d / v
+        slope = (held[1] - held[0]).clamp(min=0) / (0.02 * sigma.square())  # ln v moves twice as far as ln sigma
+        return slope / sigma**4 if form == "denoiser" else slope
 
     return density
 
