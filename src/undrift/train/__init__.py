@@ -4,7 +4,7 @@ from undrift.container import CheckpointError
 from undrift.train.checkpoint import load, notes, save
 from undrift.train.config import TrainConfig
 from undrift.train.data import Dataset, DataSource, Pixels
-from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels
+from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels, Tabulated
 from undrift.train.local import LocalScoreMatching
 from undrift.train.objectives import Denoising, EvidenceBound, NoiseMatching, Objective
 from undrift.train.sources import Dequantised, Digits, Idx, ImageFolder, Npz, Ring
@@ -31,6 +31,7 @@ __all__ = [
     "Objective",
     "Pixels",
     "Ring",
+    "Tabulated",
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",

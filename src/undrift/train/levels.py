@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["DefensiveMixture", "LogNormal", "LogUniform", "NoiseLevels", "stratified"]
+__all__ = ["DefensiveMixture", "LogNormal", "LogUniform", "NoiseLevels", "Tabulated", "stratified"]
 
 
 def stratified(n: int, generator: torch.Generator) -> Tensor:
@@ -144,3 +144,60 @@ class DefensiveMixture(NoiseLevels):
         uniform = flat.density(sigma)
         cut = bell.density(sigma) / (high - low)
         return self.share * uniform + (1 - self.share) * torch.where(uniform > 0, cut, torch.zeros_like(cut))
+
+
+@dataclass(frozen=True, eq=False)
+class Tabulated(NoiseLevels):
+    r"""A density of :math:`\ln \sigma` that is piecewise linear between knots, such as one found from measurements.
+
+    Args:
+        sigma: knots, at least two, positive and increasing; the range ends with them.
+        weight: density at the knots, positive, up to a common factor.
+    """
+
+    sigma: list[float]
+    weight: list[float]
+    _table: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        knots, weight = (torch.tensor(v, dtype=torch.float64) for v in (self.sigma, self.weight))
+        if len(knots) < 2 or len(knots) != len(weight):
+            raise ValueError(
+                f"Tabulated: needs a weight for each of at least two knots, got {len(knots)} knots and {len(weight)} "
+                "weights."
+            )
+        if not bool((knots > 0).all() & (knots.diff() > 0).all() & knots.isfinite().all()):
+            raise ValueError(f"Tabulated: sigma must be positive, finite and strictly increasing, got {self.sigma}.")
+        if not bool((weight > 0).all() & weight.isfinite().all()):
+            raise ValueError(
+                f"Tabulated: weights must be positive and finite, got {self.weight}; end the knots where no level is "
+                "to be drawn."
+            )
+        place = knots.log()
+        mass = torch.cumulative_trapezoid(weight, place)
+        density = weight / mass[-1]
+        cdf = torch.cat([torch.zeros(1, dtype=torch.float64), mass / mass[-1]])
+        object.__setattr__(self, "_table", (place, density, cdf))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return self.sigma[0], self.sigma[-1]
+
+    def draw(self, u: Tensor) -> Tensor:
+        place, density, cdf = (v.to(u.device) for v in self._table)
+        wanted = u.double()
+        right = torch.searchsorted(cdf, wanted).clamp(1, len(cdf) - 1)
+        left = right - 1
+        a, width = density[left], place[right] - place[left]
+        # The mass a s + slope s^2 / 2 passed since the knot is solved for s in the form that cannot cancel.
+        slope, passed = (density[right] - a) / width, wanted - cdf[left]
+        s = 2 * passed / (a + (a.square() + 2 * slope * passed).clamp(min=0).sqrt())
+        return (place[left] + torch.minimum(s, width)).exp().to(u)
+
+    def density(self, sigma: Tensor) -> Tensor:
+        place, density, _ = (v.to(sigma.device) for v in self._table)
+        at = sigma.double().log()
+        inside = (at >= place[0] - 1e-6) & (at <= place[-1] + 1e-6)
+        right = torch.searchsorted(place, at).clamp(1, len(place) - 1)
+        share = ((at - place[right - 1]) / (place[right] - place[right - 1])).clamp(0, 1)
+        return (inside * torch.lerp(density[right - 1], density[right], share)).to(sigma)

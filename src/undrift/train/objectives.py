@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -59,13 +59,19 @@ class Denoising(Objective):
     * "uniform": :math:`w = \sigma^{-2}`, unit weight on the error of the predicted noise (the "simple" loss of Ho
       et al. 2020 where the levels follow its schedule).
 
+    What is minimised is :math:`\int \mathrm{total}(\sigma)\, e(\sigma)\, d\ln\sigma` with the total weighting
+    total = w p. By itself a change of p changes it. To visit other levels for the same objective, name the density
+    that defines it as ``target``: losses are multiplied by target / p.
+
     Args:
         weighting: one of the above.
-        noise: density of the levels. "likelihood" needs one with a bounded range.
+        noise: density p of the levels that are visited. "likelihood" needs one with a bounded range.
+        target: density that defines the objective, for "edm" and "uniform"; None for ``noise`` itself.
     """
 
     weighting: Literal["edm", "likelihood", "uniform"] = "edm"
     noise: NoiseLevels = field(default_factory=DefensiveMixture)
+    target: NoiseLevels | None = None
 
     def __post_init__(self) -> None:
         if self.weighting not in ("edm", "likelihood", "uniform"):
@@ -75,16 +81,51 @@ class Denoising(Objective):
                 f"Denoising: the likelihood is an integral over a range of levels, and {type(self.noise).__name__} has "
                 "none; use LogUniform or DefensiveMixture."
             )
+        if self.target is not None:
+            if self.weighting == "likelihood":
+                raise ValueError("Denoising: the likelihood's weight corrects for noise already; leave target out.")
+            (low, high), (first, last) = self.noise.support, self.target.support
+            if first < low * (1 - 1e-6) or last > high * (1 + 1e-6):
+                raise ValueError(
+                    f"Denoising: target has levels from {first:g} to {last:g}, noise only from {low:g} to {high:g}: "
+                    "the rest would never be trained; widen noise, or narrow target."
+                )
 
     def weight(self, sigma: Tensor, sigma_data: float | None = None) -> Tensor:
         """w(sigma) on the squared error of x0, same shape as ``sigma``; ``sigma_data`` matters to "edm" only."""
-        if self.weighting == "edm":
-            if sigma_data is None:
-                raise ValueError("Denoising: the EDM weight needs a model with sigma_data; use another weighting.")
-            return sigma.square().reciprocal() + 1 / sigma_data**2
         if self.weighting == "likelihood":
             return 1 / (sigma.square() * self.noise.density(sigma))
-        return sigma.square().reciprocal()
+        weight = self._plain(sigma, sigma_data)
+        return weight if self.target is None else weight * self.target.density(sigma) / self.noise.density(sigma)
+
+    def total(self, sigma: Tensor, sigma_data: float | None = None) -> Tensor:
+        """What a unit of ln sigma counts for in the objective, w p, whatever levels are visited; shape of ``sigma``."""
+        if self.weighting == "likelihood":
+            return torch.where(self.noise.density(sigma) > 0, sigma.square().reciprocal(), 0.0)
+        return self._plain(sigma, sigma_data) * (self.target or self.noise).density(sigma)
+
+    def visiting(self, noise: NoiseLevels) -> Denoising:
+        """The same objective, estimated at other levels.
+
+        Raises:
+            ValueError: if they leave out levels that the objective counts.
+        """
+        if self.weighting == "likelihood":
+            if any(abs(a / b - 1) > 1e-6 for a, b in zip(noise.support, self.noise.support, strict=True)):
+                raise ValueError(
+                    f"Denoising: the likelihood is an integral over the levels from {self.noise.support[0]:g} to "
+                    f"{self.noise.support[1]:g}; a density from {noise.support[0]:g} to {noise.support[1]:g} would "
+                    "change it."
+                )
+            return replace(self, noise=noise)
+        return replace(self, noise=noise, target=self.target or self.noise)
+
+    def _plain(self, sigma: Tensor, sigma_data: float | None) -> Tensor:
+        if self.weighting == "uniform":
+            return sigma.square().reciprocal()
+        if sigma_data is None:
+            raise ValueError("Denoising: the EDM weight needs a model with sigma_data; use another weighting.")
+        return sigma.square().reciprocal() + 1 / sigma_data**2
 
     def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:
         model = model.denoiser if isinstance(model, Diffusion) else model
