@@ -21,18 +21,21 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from undrift._linalg import as_f64
 from undrift.design.score_error import ScoreError
 from undrift.design.spectrum import Spectrum
 from undrift.sample.plan import Plan
 
-__all__ = ["Law", "propagate", "reference", "trajectory"]
+__all__ = ["Law", "inputs", "propagate", "reference", "strangeness", "trajectory"]
 
 Start = Literal["prior", "exact"]
 
@@ -63,10 +66,17 @@ class Law:
 
     @property
     def kl_modes(self) -> Tensor:
-        """KL(exact || samples) of the data channel, one coordinate of each eigenvalue, nats; (n,)."""
-        q, gap = self.variance, self.exact_mean[:, 0] - self.mean[:, 0]
-        ratio = self.exact_cov[:, 0, 0] / q
-        return 0.5 * (ratio - 1 - ratio.log() + gap.square() / q)
+        """KL(exact || samples) of the data channel, one coordinate of each eigenvalue, nats; (n,).
+
+        Where either law is a point it is infinite, unless both are and at the same place.
+        """
+        p, q, gap = self.exact_cov[:, 0, 0], self.variance, self.exact_mean[:, 0] - self.mean[:, 0]
+        point = (p == 0) | (q == 0)
+        same = (p == 0) & (q == 0) & (gap == 0)
+        p, q = torch.where(point, 1.0, p), torch.where(point, 1.0, q)
+        ratio = p / q
+        smooth = 0.5 * (ratio - 1 - ratio.log() + gap.square() / q)
+        return torch.where(point, torch.where(same, 0.0, math.inf), smooth)
 
     @property
     def w2_modes(self) -> Tensor:
@@ -86,6 +96,15 @@ class Law:
         """W2 between the data channel's exact and sampled laws, data units."""
         return _root((self.spectrum._count * self.w2_modes).sum())
 
+    def smoothed(self, sigma: float) -> Law:
+        """Both laws with noise of this level added: what differs at a finer resolution no longer counts.
+
+        A final prediction leaves no noise, so in directions in which the data hardly varies, such as pixels that are
+        always black, ratios of variances, and with them KL, say nothing; smoothed by half a grey level they do.
+        """
+        extra = sigma**2 * torch.eye(self.cov.shape[-1], dtype=torch.float64)
+        return dataclasses.replace(self, cov=self.cov + extra, exact_cov=self.exact_cov + extra)
+
     @property
     def finite(self) -> bool:
         """Whether the walk stayed finite."""
@@ -99,9 +118,16 @@ def _root(square: Tensor) -> Tensor:
 
 
 def reference(plan: Plan, spectrum: Spectrum, time: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Mean (n, K) and covariance (n, K, K) of z_t for data with that spectrum."""
-    phi, root = plan.process.marginal(time)
-    mean, noise = phi[:, 0], root @ root.mT
+    """Mean (n, K) and covariance (n, K, K) of z_t for data with that spectrum.
+
+    At t = 0 those of the data and the auxiliaries' start, also where the clock begins with noise already gathered.
+    """
+    if float(as_f64(time).detach()) == 0:
+        noise = plan.process.start()
+        mean = torch.eye(len(noise), dtype=torch.float64)[0]
+    else:
+        phi, root = plan.process.marginal(time)
+        mean, noise = phi[:, 0], root @ root.mT
     return (
         spectrum._mean.unsqueeze(-1) * mean,
         spectrum.variance[:, None, None] * mean.unsqueeze(-1) * mean + noise,
@@ -129,9 +155,51 @@ def trajectory(
 ) -> list[Law]:
     """The laws of the states between steps, from the first call's on; see :func:`propagate`.
 
+    Where a method joins the halves of its steps, as SSCS does, its states in between are half a step past their time.
+
     Args:
         last: only the last one.
     """
+    laws = []
+    for i, mean, cov in _walk(plan, spectrum, error, start):
+        time = plan.times[0] if i == 0 else plan.after[i - 1]
+        if (not last or i == plan.calls) and not math.isnan(float(time.detach())):
+            exact = reference(plan, spectrum, time)
+            laws.append(Law(spectrum, float(time.detach()), mean, cov, *exact))
+    return laws
+
+
+def inputs(
+    plan: Plan, spectrum: Spectrum, error: ScoreError | None = None, start: Start = "prior"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The law of what the denoiser is shown at each call: levels (N,), and mean and variance of x~, each (N, n).
+
+    A denoiser is trained on x~ of mean mu and variance lambda + sigma^2: see :func:`strangeness`.
+    """
+    snr, row = plan.process._weights(plan.times)
+    row = row.unsqueeze(1)  # (N, 1, K)
+    walk = list(_walk(plan, spectrum, error, start))[:-1]
+    means, covs = torch.stack([m for _, m, _ in walk]), torch.stack([c for *_, c in walk])
+    spread = (row.unsqueeze(-2) @ covs @ row.unsqueeze(-1))[..., 0, 0]
+    return snr.rsqrt(), (means * row).sum(-1), spread
+
+
+def strangeness(plan: Plan, spectrum: Spectrum, error: ScoreError | None = None) -> Tensor:
+    """How far the denoiser's inputs are from those it was trained on, at each call: nats per coordinate, (N,).
+
+    The KL divergence of the training inputs from the plan's. A closed form answers everywhere; what a network says
+    about inputs that it never saw, no theory tells.
+    """
+    sigma, mean, variance = inputs(plan, spectrum, error)
+    ratio = (spectrum.variance + sigma.square().unsqueeze(-1)) / variance
+    kl = 0.5 * (ratio - 1 - ratio.log() + (mean - spectrum._mean).square() / variance)
+    return (spectrum._count * kl).sum(-1) / spectrum.dim
+
+
+def _walk(
+    plan: Plan, spectrum: Spectrum, error: ScoreError | None, start: Start
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Mean (n, K) and covariance (n, K, K) of the state before call i = 0 ... N - 1, and after the last."""
     if start not in ("prior", "exact"):
         raise ValueError(f"propagate: start must be 'prior' or 'exact', got {start!r}.")
     k, states, depth = plan.process.channels, plan.A.shape[1], plan.B.shape[1]
@@ -148,21 +216,11 @@ def trajectory(
         cov = lead @ spread @ lead.mT + extra @ extra.mT
     mean = torch.nn.functional.pad(mean, (0, size - k)).unsqueeze(-1)
     cov = torch.nn.functional.pad(cov, (0, size - k, 0, size - k))
-
-    laws = []
-
-    def keep(time: Tensor) -> None:
-        law = Law(spectrum, float(time), mean[:, :k, 0], cov[:, :k, :k], *reference(plan, spectrum, time))
-        laws.append(law)
-
-    if not last:
-        keep(plan.times[0])
     for i in range(plan.calls):
+        yield i, mean[:, :k, 0], cov[:, :k, :k]
         mean = step[i] @ mean + shift[i]
         cov = step[i] @ cov @ step[i].mT + noise[i]
-        if (not last or i == plan.calls - 1) and not math.isnan(float(plan.after[i])):
-            keep(plan.after[i])
-    return laws
+    yield plan.calls, mean[:, :k, 0], cov[:, :k, :k]
 
 
 def _steps(plan: Plan, spectrum: Spectrum, error: ScoreError | None) -> tuple[Tensor, Tensor, Tensor]:
