@@ -106,6 +106,71 @@ def test_stochastic_order_one_is_ancestral_sampling(name):
     assert torch.allclose(flow.L @ flow.L.mT, exact.L @ exact.L.mT, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_both_ancestral_steps_have_the_true_conditional_mean_and_enclose_the_covariance(name):
+    """Gaussian data of variance lam: Cov[z_s | z_t] by conditioning, from below by x0's own variance, from above by
+    the second derivative of log p_t, posterior + b mmse b' = forward - Phi^-1 Sigma P^-1 Sigma Phi^-T."""
+    process, lam = ALL[name], 0.6
+    times = process.time(torch.tensor([0.9, 0.3, 0.06], dtype=torch.float64))
+    posterior, forward = (
+        Ancestral(2, final="none", variance=v).table(process, times) for v in ("posterior", "forward")
+    )
+    assert torch.equal(posterior.A, forward.A)
+    assert torch.equal(posterior.B, forward.B)
+    snr, row = process._weights(times)
+    mean, root = process.kernel(times)
+    p = root @ root.mT + lam * mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    for i in range(2):
+        phi, noise = process.transition(times[i + 1], times[i])
+        sigma = noise @ noise.T
+        joint = p[i + 1] @ phi.T  # Cov(z_s, z_t)
+        regression = torch.linalg.solve(p[i], joint.T).T
+        b = posterior.B[i, 0, :, 0]
+        read = lam / (lam + 1 / snr[i]) * row[i]
+        scale = p[i + 1].diagonal().sqrt()
+        across = scale.unsqueeze(-1) / p[i].diagonal().sqrt()
+        assert torch.allclose((posterior.A[i, 0] + b.unsqueeze(-1) * read) / across, regression / across, atol=1e-8)
+        both = scale.unsqueeze(-1) * scale
+        true = (p[i + 1] - regression @ joint.T) / both
+        mmse = lam / (1 + lam * snr[i])
+        below = posterior.L[i] @ posterior.L[i].T + mmse * b.unsqueeze(-1) * b
+        back = torch.linalg.solve(phi, sigma)
+        above = forward.L[i] @ forward.L[i].T - back @ torch.linalg.solve(p[i], back.T)
+        assert torch.allclose(below / both, true, atol=1e-8)
+        assert torch.allclose(above / both, true, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ancestral_with_forward_variance_holds_the_score(name):
+    """z' = Phi^-1 (z + Sigma s + Sigma^(1/2) xi) with s = -S^-1 (z - Phi_t z0): Tweedie's formula for z_s in z_t."""
+    process = ALL[name]
+    times = process.time(torch.tensor([0.9, 0.3, 0.06], dtype=torch.float64))
+    plan = Ancestral(2, final="none", variance="forward").table(process, times)
+    full, root = process.marginal(times)
+    for i in range(2):
+        phi, noise = process.transition(times[i + 1], times[i])
+        sigma, back = noise @ noise.T, torch.linalg.inv(phi)
+        pull = torch.cholesky_solve(sigma, root[i]).T  # Sigma S^-1
+        eye = torch.eye(process.channels, dtype=torch.float64)
+        size = float(back.abs().max() * (1 + pull.abs().max()))
+        assert torch.allclose(plan.A[i, 0], back @ (eye - pull), atol=1e-9 * size)
+        assert torch.allclose(plan.B[i, 0], back @ pull @ full[i], atol=1e-9 * size)
+        assert torch.allclose(
+            plan.L[i] @ plan.L[i].T, back @ sigma @ back.T, atol=1e-9 * float((back @ sigma @ back.T).max())
+        )
+
+
+def test_ancestral_variances_on_ve():
+    """v - v' with the score held, v' (v - v') / v with the prediction held."""
+    v = torch.tensor([9.0, 1.0, 0.04], dtype=torch.float64)
+    forward = Ancestral(2, final="none", variance="forward").table(VE(), v.sqrt())
+    posterior = Ancestral(2, final="none").table(VE(), v.sqrt())
+    assert torch.allclose(forward.L[:, 0, 0].square(), v[:-1] - v[1:], rtol=1e-12)
+    assert torch.allclose(posterior.L[:, 0, 0].square(), v[1:] * (v[:-1] - v[1:]) / v[:-1], rtol=1e-12)
+    with pytest.raises(ValueError, match="'posterior' or 'forward'"):
+        Ancestral(2, variance="learned")
+
+
 @pytest.mark.parametrize("stochasticity", [0.0, 0.4, 1.0, 1.5])
 def test_every_stochasticity_keeps_the_kernel(stochasticity):
     """Psi S Psi' + noise = S' for the frozen prediction: the marginal given x0 is preserved."""

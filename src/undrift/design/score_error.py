@@ -14,12 +14,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from undrift._linalg import as_f64
+from undrift.denoise.base import Denoiser
 from undrift.design.spectrum import Spectrum
 
 __all__ = ["Bias", "ErrorTerms", "Noise", "Relative", "ScoreError"]
@@ -54,6 +55,41 @@ class ScoreError(ABC):
         noise = sigma.square().unsqueeze(-1)
         missed = noise * noise / (spectrum.variance + noise)  # E (D - x~)^2
         return (spectrum._count * (r.square() * missed + b.square() + e)).sum(-1)
+
+    def denoiser(self, spectrum: Spectrum, seed: int | torch.Generator = 0) -> Denoiser:
+        """The denoiser with this error, for points (batch, *event) of n coordinates in the eigenbasis.
+
+        Args:
+            spectrum: the data.
+            seed: of the noise, or a generator on the points' device.
+        """
+        return _Wrong(self, spectrum, seed)
+
+
+class _Wrong:
+    """A denoiser with an error; float64 inside."""
+
+    def __init__(self, error: ScoreError, spectrum: Spectrum, seed: int | torch.Generator) -> None:
+        self._error, self._spectrum, self._seed = error, spectrum, seed
+        self._exact = spectrum.denoiser()
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if not isinstance(self._seed, torch.Generator):
+            self._seed = torch.Generator(device).manual_seed(self._seed)
+        return self._seed
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        points = x.double()
+        exact = self._exact(points, sigma, **condition)
+        level = as_f64(sigma).reshape(-1)
+        if len(level) > 1 and bool((level == level[0]).all()):
+            level = level[:1]
+        terms = self._error.terms(self._spectrum, level)
+        r, b, e = (term.to(x.device).reshape(-1, *x.shape[1:]) for term in terms)
+        out = exact + r * (exact - points) + b
+        if bool((e != 0).any()):
+            out = out + e.sqrt() * torch.empty_like(points).normal_(generator=self._generator(x.device))
+        return out.to(x.dtype)
 
 
 def _zeros(spectrum: Spectrum, sigma: Tensor) -> Tensor:

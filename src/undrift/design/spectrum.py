@@ -35,7 +35,7 @@ class Spectrum:
         name: for tables and figures.
 
     Raises:
-        ValueError: if an eigenvalue is negative or not finite, or the shapes do not fit.
+        ValueError: if a number is not finite, an eigenvalue negative, a count not positive, or the shapes do not fit.
     """
 
     variance: Tensor
@@ -60,7 +60,9 @@ class Spectrum:
                     f"{tuple(value.shape)}."
                 )
             object.__setattr__(self, key, value.expand_as(variance))
-        if not bool((self._count > 0).all()):
+        if not bool(self._mean.isfinite().all()):
+            raise ValueError("Spectrum: mean must be finite.")
+        if not bool(((self._count > 0) & self._count.isfinite()).all()):
             raise ValueError("Spectrum: counts must be positive.")
 
     @property
