@@ -160,7 +160,7 @@ class TableSampler(Sampler, ABC):
                 [zero if r.L is None else torch.nn.functional.pad(r.L, (0, k - r.L.shape[-1])) for r in rows]
             ),
             prior=sqrt_sum(lead[0] @ start, lead[1]) if bool(lead[1].any()) else lead[0] @ start,
-            after=torch.stack([as_f64(r.after).detach() for r in rows]),
+            after=torch.stack([as_f64(r.after) for r in rows]),
             start=times[0],
             lead=lead,
         )
