@@ -35,9 +35,10 @@ from undrift.design.score_error import ScoreError
 from undrift.design.spectrum import Spectrum
 from undrift.sample.plan import Plan
 
-__all__ = ["Law", "inputs", "propagate", "reference", "strangeness", "trajectory"]
+__all__ = ["Law", "examine", "inputs", "propagate", "reference", "strangeness", "trajectory"]
 
 Start = Literal["prior", "exact"]
+_State = tuple[int, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +177,13 @@ def inputs(
 
     A denoiser is trained on x~ of mean mu and variance lambda + sigma^2: see :func:`strangeness`.
     """
+    return _inputs(plan, list(_walk(plan, spectrum, error, start)))
+
+
+def _inputs(plan: Plan, walk: list[_State]) -> tuple[Tensor, Tensor, Tensor]:
     snr, row = plan.process._weights(plan.times)
     row = row.unsqueeze(1)  # (N, 1, K)
-    walk = list(_walk(plan, spectrum, error, start))[:-1]
-    means, covs = torch.stack([m for _, m, _ in walk]), torch.stack([c for *_, c in walk])
+    means, covs = torch.stack([m for _, m, _ in walk[:-1]]), torch.stack([c for *_, c in walk[:-1]])
     spread = (row.unsqueeze(-2) @ covs @ row.unsqueeze(-1))[..., 0, 0]
     return snr.rsqrt(), (means * row).sum(-1), spread
 
@@ -190,15 +194,25 @@ def strangeness(plan: Plan, spectrum: Spectrum, error: ScoreError | None = None)
     The KL divergence of the training inputs from the plan's. A closed form answers everywhere; what a network says
     about inputs that it never saw, no theory tells.
     """
-    sigma, mean, variance = inputs(plan, spectrum, error)
+    return _strangeness(spectrum, *inputs(plan, spectrum, error))
+
+
+def _strangeness(spectrum: Spectrum, sigma: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     ratio = (spectrum.variance + sigma.square().unsqueeze(-1)) / variance
     kl = 0.5 * (ratio - 1 - ratio.log() + (mean - spectrum._mean).square() / variance)
     return (spectrum._count * kl).sum(-1) / spectrum.dim
 
 
-def _walk(
-    plan: Plan, spectrum: Spectrum, error: ScoreError | None, start: Start
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def examine(plan: Plan, spectrum: Spectrum, error: ScoreError | None = None) -> tuple[Law, Tensor]:
+    """The law of the last state and the strangeness of all calls, (N,), at the cost of one of them."""
+    walk = list(_walk(plan, spectrum, error, "prior"))
+    _, mean, cov = walk[-1]
+    time = plan.after[-1]
+    law = Law(spectrum, float(time.detach()), mean, cov, *reference(plan, spectrum, time))
+    return law, _strangeness(spectrum, *_inputs(plan, walk))
+
+
+def _walk(plan: Plan, spectrum: Spectrum, error: ScoreError | None, start: Start) -> Iterator[_State]:
     """Mean (n, K) and covariance (n, K, K) of the state before call i = 0 ... N - 1, and after the last."""
     if start not in ("prior", "exact"):
         raise ValueError(f"propagate: start must be 'prior' or 'exact', got {start!r}.")
