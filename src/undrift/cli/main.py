@@ -14,6 +14,7 @@ from undrift.cli.arguments import help_text, parse, to_yaml
 from undrift.cli.compare import CompareRun
 from undrift.cli.demo import DemoRun
 from undrift.cli.density import DensityRun
+from undrift.cli.design import DesignRun
 from undrift.cli.evaluate import EvaluateRun
 from undrift.cli.report import ReportRun
 from undrift.cli.sample import SampleRun
@@ -27,6 +28,7 @@ COMMANDS: dict[str, type] = {
     "sample": SampleRun,
     "evaluate": EvaluateRun,
     "compare": CompareRun,
+    "design": DesignRun,
     "density": DensityRun,
     "report": ReportRun,
     "demo": DemoRun,
