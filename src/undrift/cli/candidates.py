@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from undrift.config import ConfigError, describe
-from undrift.design.gaussian import propagate, strangeness
+from undrift.design.gaussian import examine
 from undrift.design.optimise import Metric
 from undrift.design.spectrum import Spectrum
 from undrift.process import LinearProcess
@@ -73,8 +73,8 @@ class Candidate:
         """
         with torch.no_grad():
             table = sampler.plan(process) if plan is None else plan
-            law = propagate(table, spectrum)
-            numbers = (float(law.w2), float(law.smoothed(resolution).kl), float(strangeness(table, spectrum).sum()))
+            law, strange = examine(table, spectrum)
+            numbers = (float(law.w2), float(law.smoothed(resolution).kl), float(strange.sum()))
         if not all(math.isfinite(v) for v in numbers):
             raise ValueError(f"the walk of {budget} calls does not stay finite on this data.")
         names = (name or label(process), label(replace(sampler, grid=None)), grid)
