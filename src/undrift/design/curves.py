@@ -204,8 +204,13 @@ def _diagonal(mixture: MixtureDenoiser) -> Tensor | None:
 Line = tuple[Tensor, Tensor, Tensor]  # weights, means and variances of a mixture on the line, (M,) each
 
 
-def _factors(weights: Tensor, means: Tensor, variances: Tensor | None) -> list[tuple[Line, float]] | None:
-    """The coordinates of a product mixture, equal ones joined with a count; None if it is no product."""
+def _factors(
+    weights: Tensor, means: Tensor, variances: Tensor | None, centred: bool = True
+) -> list[tuple[Line, float]] | None:
+    """The coordinates of a product mixture, equal ones joined with a count; None if it is no product.
+
+    ``centred``: coordinates that differ by a shift are equal.
+    """
     if variances is None:
         return None
     count, d = means.shape
@@ -226,7 +231,7 @@ def _factors(weights: Tensor, means: Tensor, variances: Tensor | None) -> list[t
         return None
     found: dict[tuple[float, ...], tuple[Line, float]] = {}
     for share, mu, c in lines:
-        key = tuple(torch.cat([share, mu - share @ mu, c]).tolist())
+        key = tuple(torch.cat([share, mu - share @ mu if centred else mu, c]).tolist())
         line, n = found.get(key, ((share, mu, c), 0.0))
         found[key] = line, n + 1
     return list(found.values())
