@@ -77,6 +77,7 @@ SAMPLERS: dict[str, TableSampler] = {
     "EI1": Exponential(order=1),
     "EI2": Exponential(order=2),
     "EI2 raw": Exponential(order=2, guard=False),
+    "EI3 raw": Exponential(order=3, guard=False),
     "2M": DPMSolver2M(),
     "Heun": Heun(),
 }
@@ -124,7 +125,10 @@ def mixture(name: str, denoiser: MixtureDenoiser) -> Problem:
         return {"sliced": sliced_wasserstein(x, reference, 64, 0)}
 
     every = (("VP", "CLD", "MALDA"), tuple(SAMPLERS), tuple(GRIDS))
-    designed = (("VP", "VE", "CLD", "MALDA", "1", "2", "3"), ("ancestral", "SSCS", "EI1", "EI2 raw", "2M", "Heun"))
+    designed = (
+        ("VP", "VE", "CLD", "MALDA", "1", "2", "3"),
+        ("ancestral", "SSCS", "EI1", "EI2 raw", "EI3 raw", "2M", "Heun"),
+    )
     return Problem(name, denoiser, Spectrum.of(clean, name=name), (2,), 20_000, distances, every, designed)
 
 
@@ -174,12 +178,12 @@ def images(name: str, runs: Path) -> Problem:
             "modes": float(modes.sum().sqrt()),
         }
 
-    every = ("EM", "ancestral", "SSCS", "EI1", "EI2 raw", "2M", "Heun")
+    every = ("EM", "ancestral", "SSCS", "EI1", "EI2 raw", "EI3 raw", "2M", "Heun")
     if name == "digits":
         settings = (("VP", "CLD", "MALDA"), every, ("log sigma", "rho 7", "quadratic", "cosine", "AYS"))
     else:
         settings = (("VP", "CLD"), every[1:], ("log sigma", "rho 7", "quadratic"))
-    designed = (("VP", "CLD", "MALDA", "1", "2", "3"), ("ancestral", "SSCS", "EI1", "EI2 raw", "2M", "Heun"))
+    designed = (("VP", "CLD", "MALDA", "1", "2", "3"), ("ancestral", "SSCS", "EI1", "EI2 raw", "EI3 raw", "2M", "Heun"))
     return Problem(name, denoiser, spectrum, data.event, n, distances, settings, designed, classes(data))
 
 
@@ -207,22 +211,26 @@ def classical(problem: Problem, calls: tuple[int, ...]) -> Iterator[tuple[dict[s
 
 
 def designed(
-    problem: Problem, calls: tuple[int, ...], known: set[str], trusts: tuple[float, ...]
+    problem: Problem, calls: tuple[int, ...], known: set[str]
 ) -> Iterator[tuple[dict[str, Any], LinearProcess, TableSampler]]:
+    """Schedules by each sampler's own law; for multistep methods also by that of order 1; and searched processes."""
     members = family(problem.spectrum)
-    for count, p, s, trust in itertools.product(calls, *problem.designed, trusts):
+    for count, p, s, by in itertools.product(calls, *problem.designed, ("itself", "EI1")):
         searched = p.isdigit()
-        key = {"kind": "searched" if searched else "optimised", "process": p, "sampler": s, "grid": f"trust {trust:g}"}
+        key = {"kind": "searched" if searched else "optimised", "process": p, "sampler": s, "grid": f"by {by}"}
         key |= {"budget": count}
-        if name_of(problem, key) in known or (searched and count > 20):
+        if by == "EI1" and (searched or s not in ("EI2 raw", "EI3 raw", "2M")):
+            continue
+        if name_of(problem, key) in known or (searched and (count > 20 or s in ("EI2 raw", "EI3 raw", "2M"))):
             continue
         start = time.process_time()
         try:
             sampler, plan = at_calls(SAMPLERS[s], PROCESSES["VP" if searched else p], count)
             if searched:
-                found = search(int(p), sampler, members, trust=trust, iterations=150)
+                found = search(int(p), sampler, members, iterations=100)
             else:
-                found = optimise(PROCESSES[p], sampler, members, trust=trust)
+                deciding = Exponential(count, order=1) if by == "EI1" else None
+                found = optimise(PROCESSES[p], sampler, members, by=deciding)
         except ValueError as error:
             print(f"left out: {key}: {error}", flush=True)
             continue
@@ -277,7 +285,6 @@ def main() -> None:
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS))
     parser.add_argument("--processes", nargs="+", help="only these processes, classical and designed")
     parser.add_argument("--only", choices=["classical", "designed"])
-    parser.add_argument("--trust", type=float, nargs="+", default=[3.0])
     parser.add_argument("--seeds", type=int, default=1, help="sets of samples a setting, up to 3")
     parser.add_argument("--runs", type=Path, default=Path("runs/design"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/design_plans.jsonl"))
@@ -306,7 +313,7 @@ def main() -> None:
             problem = problem.restricted(options.processes)
         work: list[Iterator[tuple[dict[str, Any], LinearProcess, TableSampler]]] = []
         if options.only != "classical":
-            work.append(designed(problem, calls, known, tuple(options.trust)))
+            work.append(designed(problem, calls, known))
         if options.only != "designed":
             work.append(classical(problem, calls))
         for key, process, sampler in itertools.chain(*work):

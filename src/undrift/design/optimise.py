@@ -150,6 +150,7 @@ def optimise(
     resolution: float | None = None,
     error: ScoreError | None = None,
     trust: float = 3.0,
+    by: TableSampler | None = None,
     starts: Sequence[Grid] | None = None,
     iterations: int = 200,
     say: Callable[[str], None] | None = None,
@@ -174,14 +175,17 @@ def optimise(
         trust: weight of :func:`~undrift.design.gaussian.strangeness`, summed over the calls, beside the log of the
             metric. Without it (0) errors of several steps may be traded against each other by way of states at which no
             network was ever trained; a closed form does not mind, a network does.
+        by: another sampler, of as many times and the same end, whose error decides; the design is for ``sampler`` all
+            the same. Multistep methods can make their errors on Gaussian data cancel, and on no other: they do better
+            at the levels that are best for ``Exponential(order=1)``, which say where the prediction changes.
         starts: grids to begin from; None for log sigma and rho = 7 over the whole range, log sigma and rho = 3 over a
             part of it, and quadratic.
         iterations: of L-BFGS, for each of the two best starts.
         say: called with a line of progress.
 
     Returns:
-        The design: its objective is never worse than that of any of ``starts``, ends moved inside the range. The same
-        arguments give the same design.
+        The design: its objective (that of ``by``) is never worse than that of any of ``starts``, ends moved inside the
+        range. The same arguments give the same design.
 
     Raises:
         ValueError: if there is nothing to optimise, the sampler does not apply to the process, one of ``starts`` gives
@@ -190,7 +194,14 @@ def optimise(
     fixed = process.frozen() if isinstance(process, LearnedProcess) else process
     end = sampler.final != "none" if free_end is None else free_end
     high = 80.0 if sigma_max is None else sigma_max
-    objective = Objective(sampler, spectra, metric, error, trust, _resolution(resolution, metric, sampler, sigma_min))
+    deciding = sampler if by is None else by
+    if (deciding.nodes, deciding.final) != (sampler.nodes, sampler.final):
+        raise ValueError(
+            f"optimise: by must take as many times as the sampler, {sampler.nodes}, and end with final="
+            f"{sampler.final!r}, got {deciding.nodes} and {deciding.final!r}."
+        )
+    measure = _resolution(resolution, metric, sampler, sigma_min)
+    objective = Objective(deciding, spectra, metric, error, trust, measure)
     times = Times.of(fixed, sampler.nodes, high, sigma_min, free_start, end, changes=False)
     descent = Descent(objective, fixed, times)
     begun = list(_begin(descent, starts))
@@ -202,6 +213,10 @@ def optimise(
         if found < best_value:
             best_value, best = found, at
     first = min((start[2] for start in begun), key=_geometric_mean)
+    if by is not None:
+        objective = Objective(sampler, spectra, metric, error, trust, measure)
+        reports = [objective.report(fixed, descent.place(at))[0] for at in (best, *(start[1] for start in begun))]
+        first = min((values for values in reports if all(map(math.isfinite, values))), key=_geometric_mean)
     return _design(objective, fixed, descent.place(best), first, descent.evaluations)
 
 
