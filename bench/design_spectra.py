@@ -1,9 +1,9 @@
 """Optimised schedules against classical ones on spectra that they were not made for, exactly: no sampling.
 
-Schedules are made for a family around eigenvalues i^-2 in 64 dimensions and judged by exact W2 on other spectra, flatter
-and steeper ones and 32 x 32 images; and, where UNDRIFT_DATA is set, for one half of 401 photographs and judged on the
-other half. Beside them EDM's rho = 7 with the same sampler, and the best of nine classical and published grids, chosen
-for each spectrum. A multistep method is shown at levels of its own law and at those of order 1.
+Schedules are made for a family around eigenvalues i^-2 in 64 dimensions and judged by exact W2 on other spectra,
+flatter and steeper ones and 32 x 32 images; and, where UNDRIFT_DATA is set, for one half of 401 photographs and judged
+on the other half. Beside them EDM's rho = 7 with the same sampler, and the best of nine classical and published grids,
+chosen for each spectrum. A multistep method is shown at levels of its own law and at those of order 1.
 
     python bench/design_spectra.py            # ten minutes on one core
 """

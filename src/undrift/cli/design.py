@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
-from undrift.cli.candidates import STRANGE, Candidate, check_samplers, chosen, classical, pairs, ranked
-from undrift.cli.common import Checkpoint, Clock, begin, check_data, finish, open_checkpoint
-from undrift.cli.judge import Judge
-from undrift.config import ConfigError, build, describe
-from undrift.design.budget import budget
-from undrift.design.gaussian import propagate
-from undrift.design.loss import LossCurve
-from undrift.design.optimise import family, optimise
-from undrift.design.path import held_by
-from undrift.design.schedule import from_loss_curve
-from undrift.design.search import search
+from undrift.cli.candidates import check_samplers, classical, pairs
+from undrift.cli.common import Clock, begin, check_data, finish, open_checkpoint
+from undrift.cli.design_account import account
+from undrift.cli.design_plans import by_loss, measured_loss, optimised, searched
+from undrift.cli.design_task import Task
+from undrift.config import ConfigError
 from undrift.design.spectrum import Spectrum
 from undrift.process import CLD, MALDA, PSLD, VP, FlowMatching, LinearProcess
-from undrift.report import Cell, JsonLines, compare, label, text_table, write_bytes, write_json, write_report
+from undrift.report import JsonLines, label, text_table, write_bytes, write_json, write_report
 from undrift.report.comparison import number
-from undrift.report.design import CAVEAT, design_table, strange_line
+from undrift.report.design import design_table, strange_line
 from undrift.sample import (
     SSCS,
     Ancestral,
@@ -43,7 +35,6 @@ from undrift.sample import (
     Quadratic,
     Rho,
     Sampler,
-    TableSampler,
     Tangent,
 )
 from undrift.train import Dataset, DataSource, Digits
@@ -52,10 +43,6 @@ __all__ = ["DesignRun"]
 
 _GROUPS = 64  # eigenvalues that predictions are made for
 _LARGEST = 4096  # coordinates of which the covariance is taken apart
-_LEVELS = 25  # noise levels at which a loss is measured
-_POINTS = 1024  # held-out points that a loss is measured on
-_SETS = 3  # sets of samples that a measurement is a mean of
-_REFINE = 32  # steps that an interval is cut into, to switch discretisation off
 _FILES = ("design.jsonl", "verify.jsonl", "design.json", "report.html")
 
 
@@ -173,8 +160,8 @@ class DesignRun:
         beside = Path("runs") if checkpoint is None else checkpoint.path.parent
         out = beside / "design" if self.out is None else Path(self.out)
         begin(self, out, _FILES if self.overwrite else (), self.overwrite)
-        task = _Task(self, out, spectrum, resolution, checkpoint, data, holdout)
-        about = task.work()
+        log = JsonLines(out / "design.jsonl")
+        about = _work(Task(self, out, spectrum, resolution, checkpoint, data, holdout, log))
         self._write_plans(out, about)
         write_json(out / "design.json", about)
         finish(out, command, clock)
@@ -222,303 +209,30 @@ class DesignRun:
                 old.unlink()
 
 
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """A design at work."""
-
-    run: DesignRun
-    out: Path
-    spectrum: Spectrum
-    resolution: float
-    checkpoint: Checkpoint | None
-    data: Dataset
-    holdout: Dataset | None
-
-    def say(self, line: str) -> None:
-        print(line, flush=True)
-
-    def work(self) -> dict[str, Any]:
-        """Everything that design.json holds."""
-        run, calls = self.run, sorted(set(self.run.calls))
-        log = JsonLines(self.out / "design.jsonl")
-        self.say(repr(self.spectrum))
-        found, refused = classical(
-            run.processes, run.samplers, run.grids, calls, self.spectrum, self.resolution, self.say
-        )
-        there = {c.names[:2] for c in found}
-        whys = {(process, sampler): why for (process, sampler, *_), why in refused.items()}
-        for (process, sampler), why in whys.items():
-            if (process, sampler) not in there:
-                self.say(f"left out: {process} with {sampler}: {why}")
-        for n in calls:
-            if not any(c.budget == n for c in found):
-                raise ConfigError(f"calls: no plan fits into {n} calls: {next(iter(refused.values()))}")
-        curve = self.loss(log)
-        if curve is not None:
-            found += self.from_loss(curve, calls)
-        for n in calls:
-            best = pairs([c for c in found if c.budget == n and c.kind == "classical"], run.metric, run.top)
-            if run.optimise:
-                found += [c for pair in best if (c := self.optimised(pair, log)) is not None]
-            samplers = {c.names[1]: c.sampler for c in best}
-            for k in run.channels:
-                found += [c for s in samplers.values() if (c := self.searched(k, s, n, log)) is not None]
-        return self.about(found, refused, calls, curve)
-
-    # -- slow parts, each kept ---------------------------------------------------------------------------------------
-
-    def kept(self, log: JsonLines, what: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> Any:
-        """What was made with these settings before, or is made now; None, with a line, where it cannot be."""
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        for row in log.rows:
-            if row["key"] == key:
-                return row["made"]
-        clock = time.perf_counter()
-        try:
-            made = make()
-        except ValueError as error:
-            self.say(f"left out: {what}: {error}")
-            return None
-        seconds = time.perf_counter() - clock
-        log.append({"key": key, "what": what, "seconds": round(seconds, 2), "settings": settings, "made": made})
-        self.say(f"{what}, {seconds:.1f} s")
-        return made
-
-    def settings(self, **more: Any) -> dict[str, Any]:
-        """What an optimisation depends on."""
-        s, run = self.spectrum, self.run
-        numbers = torch.stack([s.variance, s._mean, s._count]).numpy().tobytes()
-        common = {k: getattr(run, k) for k in ("metric", "trust", "sigma_min", "sigma_max", "iterations")}
-        resolution = self.resolution if run.metric == "kl" else None
-        return {"spectrum": hashlib.sha256(numbers).hexdigest()[:16], **common, "resolution": resolution, **more}
-
-    def goal(self) -> dict[str, Any]:
-        """Arguments that optimisation and search share."""
-        names = ("metric", "sigma_max", "sigma_min", "trust", "iterations")
-        resolution = self.resolution if self.run.metric == "kl" else None
-        return {"spectra": family(self.spectrum), "resolution": resolution} | {k: getattr(self.run, k) for k in names}
-
-    def starts(self, pair: Candidate, sampler: TableSampler) -> list[Grid]:
-        """Grids that an optimisation begins from: all that are compared, where they suit the process, and two more."""
-        run, own = self.run, pair.sampler.grid
-        grids = [*run.grids, LogSigma(run.sigma_min, run.sigma_max), Rho(7.0, run.sigma_min, run.sigma_max)]
-        found: dict[str, Grid] = {}
-        for grid in grids if own is None else [*grids, own]:
-            try:
-                grid.times(pair.process, sampler.nodes)
-            except ValueError:
-                continue
-            found.setdefault(str(describe(grid)), grid)
-        return list(found.values())
-
-    def optimised(self, pair: Candidate, log: JsonLines) -> Candidate | None:
-        sampler = replace(pair.sampler, grid=None)
-        starts = self.starts(pair, sampler)
-
-        def make() -> dict[str, Any]:
-            design = optimise(pair.process, sampler, **self.goal(), starts=starts)
-            return {"sampler": describe(design.sampler)}
-
-        made = self.kept(
-            log,
-            f"{pair.budget} calls: schedule of {pair.names[1]} on {pair.names[0]}",
-            self.settings(process=describe(pair.process), sampler=describe(sampler), starts=describe(starts)),
-            make,
-        )
-        if made is None:
-            return None
-        found = build(made["sampler"], Sampler)
-        return Candidate.of(
-            "optimised", pair.budget, pair.process, found, self.spectrum, self.resolution, grid="optimised"
-        )
-
-    def searched(self, channels: int, sampler: TableSampler, calls: int, log: JsonLines) -> Candidate | None:
-        sampler = replace(sampler, grid=None)
-
-        def make() -> dict[str, Any]:
-            design = search(channels, sampler, **self.goal())
-            return {"process": describe(design.process), "sampler": describe(design.sampler)}
-
-        name = f"{channels} channel{'s' if channels > 1 else ''}, searched"
-        made = self.kept(
-            log,
-            f"{calls} calls: process of {name} with {label(sampler)}",
-            self.settings(channels=channels, sampler=describe(sampler)),
-            make,
-        )
-        if made is None:
-            return None
-        process, found = build(made["process"], LinearProcess), build(made["sampler"], Sampler)
-        return Candidate.of(
-            "searched", calls, process, found, self.spectrum, self.resolution, grid="optimised", name=name
-        )
-
-    def loss(self, log: JsonLines) -> LossCurve | None:
-        """The denoiser's loss, on held-out points if there are any."""
-        if self.checkpoint is None:
-            return None
-        denoiser, source = self.checkpoint.denoiser, self.holdout or self.data
-        points = source.draw(torch.arange(min(len(source), _POINTS)), torch.Generator().manual_seed(self.run.seed))
-        low, high = math.log(self.run.sigma_min), math.log(self.run.sigma_max)
-        levels = torch.linspace(low, high, _LEVELS, dtype=torch.float64).exp()
-
-        def make() -> dict[str, Any]:
-            return LossCurve.measure(denoiser, points, levels, seed=self.run.seed, batch=self.run.batch).to_dict()
-
-        digest = hashlib.sha256(self.checkpoint.path.read_bytes() + points.contiguous().numpy().tobytes()).hexdigest()
-        settings = {"loss": digest[:16], "levels": levels.tolist(), "seed": self.run.seed, "batch": self.run.batch}
-        made = self.kept(log, f"loss of the denoiser on {len(points)} points of {source.name}", settings, make)
-        if made is None:
-            return None
-        sigma, loss, error = (torch.tensor(made[k], dtype=torch.float64) for k in ("sigma", "loss", "std_error"))
-        return LossCurve(sigma, loss, error, reference=self.spectrum)
-
-    def from_loss(self, curve: LossCurve, calls: Sequence[int]) -> list[Candidate]:
-        """Schedules of least path KL for the samplers that hold the prediction, from the measured loss."""
-        found = []
-        low = max(self.run.sigma_min, self.resolution)
-        for process in self.run.processes:
-            # Just inside, for the rounding of the way from a level to its time and back.
-            high = min(self.run.sigma_max, (1 - 1e-9) * float(process.sigma(process.horizon)))
-            for sampler in self.run.samplers:
-                if held_by(sampler) != "prediction" or not low < high:
-                    continue
-                assert isinstance(sampler, TableSampler)
-                for n in calls:
-                    steps = n - 1 if sampler.final != "none" else n
-                    if steps >= 1:
-                        grid = from_loss_curve(curve.loss, steps, high, low).grid()
-                        made = replace(sampler, steps=n, grid=grid)
-                        found.append(
-                            Candidate.of(
-                                "optimised", n, process, made, self.spectrum, self.resolution, grid="measured loss"
-                            )
-                        )
-        return found
-
-    def verified(self, plans: Sequence[Candidate], best: Sequence[tuple[int, Candidate]]) -> dict[str, Any] | None:
-        """The best of each kind, drawn and measured: the samples' distance beside the prediction."""
-        if self.checkpoint is None or not self.run.verify:
-            return None
-        run, n = self.run, self.run.verify
-        self.say("training the feature network" if self.data.labels is not None else "measuring by sliced W2")
-        judge = Judge.of(self.data, self.holdout, run.seed)
-        digest = hashlib.sha256(self.checkpoint.path.read_bytes()).hexdigest()[:16]
-        log, rows = JsonLines(self.out / "verify.jsonl"), []
-        for i, c in best:
-            before = len(log.rows)
-            (row,) = compare(
-                self.checkpoint.denoiser,
-                [Cell(c.process, c.sampler, c.plan, c.budget)],
-                judge.distance,
-                self.checkpoint.event,
-                n=n,
-                repeats=_SETS,
-                seed=run.seed,
-                batch=run.batch,
-                log=log,
-                identity={**judge.identity, "checkpoint": digest},
-            )
-            if len(log.rows) > before:
-                self.say(f"{c.budget} calls, {c.kind}, {c.title}: {number(row)}")
-            rows.append({"plan": i, "distance": row["distance"], "std_error": row["std_error"]})
-        caption = f"{judge.caption} {_SETS} sets of {n} samples a plan, mean and standard error."
-        if judge.floor is not None and judge.size != n:
-            caption += f" The floor is of {judge.size} held-out points, not of sets of {n}, and does not compare."
-        return {"measure": judge.measure, "floor": judge.floor, "caption": caption, "rows": rows}
-
-    # -- what is written ---------------------------------------------------------------------------------------------
-
-    def about(
-        self,
-        found: Sequence[Candidate],
-        refused: dict[tuple[str, str, str, int], str],
-        calls: Sequence[int],
-        curve: LossCurve | None,
-    ) -> dict[str, Any]:
-        metric, s = self.run.metric, self.spectrum
-        plans: list[Candidate] = []
-        rows: list[dict[str, Any]] = []
-        budgets: dict[str, dict[str, Any]] = {}
-        measured: list[tuple[int, Candidate]] = []
-        for n in calls:
-            here = ranked([c for c in found if c.budget == n], metric)
-            first = len(plans)
-            base = chosen([c for c in here if c.kind == "classical"], metric)
-            use = chosen(here, metric)
-            assert base is not None
-            assert use is not None
-            place = {id(c): first + i for i, c in enumerate(here)}
-            best = {}
-            for kind in ("classical", "optimised", "searched"):
-                leader = chosen([c for c in here if c.kind == kind], metric)
-                if leader is not None:
-                    best[kind] = place[id(leader)]
-                    measured.append((place[id(leader)], leader))
-            plans += here
-            rows += [c.row(base.value(metric), metric) for c in here]
-            self.say(f"{n} calls: where the error of the best plan comes from")
-            budgets[str(n)] = {"use": place[id(use)], "best": best, **self.sources(use, here, place, curve)}
-        left = [
-            {"process": p, "sampler": q, "grid": g, "calls": n, "why": why} for (p, q, g, n), why in refused.items()
-        ]
-        loss = None
-        if curve is not None:
-            source = self.holdout or self.data
-            loss = {**curve.to_dict(), "mmse": s.mmse(curve.sigma).tolist(), "data": source.name}
-        spectrum = {"name": s.name, "dim": s.dim, **{k: getattr(s, k).tolist() for k in ("variance", "mean", "count")}}
-        return {
-            "spectrum": spectrum,
-            "metric": metric,
-            "resolution": self.resolution,
-            "strange": STRANGE,
-            "caption": CAVEAT,
-            "calls": list(calls),
-            "plans": rows,
-            "budgets": budgets,
-            "left_out": left,
-            "loss": loss,
-            "verified": self.verified(plans, measured),
-        }
-
-    def sources(
-        self, use: Candidate, here: Sequence[Candidate], place: dict[int, int], curve: LossCurve | None
-    ) -> dict[str, Any]:
-        """Where the error of a plan comes from, and its noise levels; the path KL of the best plan that has one."""
-        s, process = self.spectrum, use.process
-        excess = None
-        if curve is not None:
-
-            def excess(sigma: torch.Tensor) -> torch.Tensor:
-                return (curve.loss(sigma) - s.mmse(sigma)).clamp(min=0)
-
-        switched = budget(process, use.sampler, s, excess, refine=_REFINE)
-        with torch.no_grad():
-            law = propagate(use.plan, s)
-        grids = {"this plan": use.plan.times}
-        for name, grid in (("log σ", LogSigma()), ("ρ = 7", Rho())):
-            grids[name] = grid.times(process, use.plan.calls)
-        with torch.no_grad():
-            levels = {name: process.sigma(t).tolist() for name, t in grids.items()}
-        out: dict[str, Any] = {
-            "modes": {"variance": law.variance.tolist(), "w2_squared": law.w2_modes.tolist()},
-            "levels": levels,
-            "sources": {case.name: case.w2 for case in switched.attribution},
-            "path": None,
-        }
-        walker = next((c for c in here if held_by(c.sampler) is not None and len(c.plan.times) > 1), None)
-        if walker is not None:
-            path = budget(walker.process, walker.sampler, s, excess, attribution=False).path
-            if path is not None:
-                out["path"] = {
-                    "plan": place[id(walker)],
-                    "sigma": path.steps.sigma.tolist(),
-                    "start": path.start,
-                    "discretisation": path.discretisation.tolist(),
-                    "score": path.score.tolist() if excess is not None else None,
-                    "kl": path.kl,
-                }
-        return out
+def _work(task: Task) -> dict[str, Any]:
+    """Everything that design.json holds."""
+    run, calls = task.run, sorted(set(task.run.calls))
+    task.say(repr(task.spectrum))
+    found, refused = classical(run.processes, run.samplers, run.grids, calls, task.spectrum, task.resolution, task.say)
+    there = {c.names[:2] for c in found}
+    whys = {(process, sampler): why for (process, sampler, *_), why in refused.items()}
+    for (process, sampler), why in whys.items():
+        if (process, sampler) not in there:
+            task.say(f"left out: {process} with {sampler}: {why}")
+    for n in calls:
+        if not any(c.budget == n for c in found):
+            raise ConfigError(f"calls: no plan fits into {n} calls: {next(iter(refused.values()))}")
+    curve = measured_loss(task)
+    if curve is not None:
+        found += by_loss(task, curve, calls)
+    for n in calls:
+        best = pairs([c for c in found if c.budget == n and c.kind == "classical"], run.metric, run.top)
+        if run.optimise:
+            found += [c for pair in best if (c := optimised(task, pair)) is not None]
+        samplers = {c.names[1]: c.sampler for c in best}
+        for k in run.channels:
+            found += [c for s in samplers.values() if (c := searched(task, k, s, n)) is not None]
+    return account(task, found, refused, calls, curve)
 
 
 def _tell(about: dict[str, Any]) -> None:

@@ -1,10 +1,8 @@
 r"""Bounds on the three terms of the path KL that need less than the data's whole mmse curve.
 
-Wang, He & Tao (2024) bound the error of the held score on the variance-exploding process by three terms: one of the
-start, that falls as the second moment over :math:`\sigma_{max}^2`, one of the discretisation, from d, the second moment
-and the grid, and one of the score, where the ratio of the sampler's weight to the training weight enters through its
-largest value. The terms here have those shapes; the constants, the extension to held predictions and to any linear
-process, and the proofs are our own. Notation of :mod:`undrift.design.path`.
+Wang, He & Tao (2024) bound the error of the held score on the variance-exploding process by a sum of three terms, of
+the start, the discretisation and the score. The bounds here are on the same three terms, and their forms, constants,
+extension to held predictions and to any linear process, and proofs are our own. Notation of :mod:`undrift.design.path`.
 
 **Start.** Information is not negative, so :math:`E_I \le E_{x_0} KL(p(z_T|x_0) \| prior)`, on the variance-exploding
 process :math:`m_2^2 / 2 \sigma_T^2`.

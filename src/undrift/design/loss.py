@@ -122,7 +122,8 @@ class LossCurve:
         if sigma.ndim != 1 or len(sigma) < 2 or not bool((sigma > 0).all() and (sigma.diff() > 0).all()):
             raise ValueError(f"LossCurve.measure: levels must be positive and increasing, got {sigma.tolist()}.")
         n = len(x)
-        generator = torch.Generator(x.device).manual_seed(seed)
+        # Salted: points that were drawn with the same seed would be correlated with the noise.
+        generator = torch.Generator(x.device).manual_seed(seed ^ 0x105C)
         loss = torch.zeros(n, len(sigma), dtype=torch.float64)
         with torch.no_grad():
             for rows in tqdm(torch.arange(n).split(batch), desc="loss", disable=not progress):

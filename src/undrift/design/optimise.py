@@ -180,7 +180,7 @@ def optimise(
             at the levels that are best for ``Exponential(order=1)``, which say where the prediction changes.
         starts: grids to begin from; None for log sigma and rho = 7 over the whole range, log sigma and rho = 3 over a
             part of it, and quadratic.
-        iterations: of L-BFGS, for each of the two best starts.
+        iterations: of L-BFGS, for each of the two best starts, and for the way by an optimum without trust.
         say: called with a line of progress.
 
     Returns:
@@ -206,7 +206,14 @@ def optimise(
     descent = Descent(objective, fixed, times)
     begun = list(_begin(descent, starts))
     best_value, best, _ = min(begun, key=lambda start: start[0])
-    for value, numbers, _ in sorted(begun, key=lambda start: start[0])[:2]:
+    followed = sorted(begun, key=lambda start: start[0])[:2]
+    if trust:  # far from any optimum strangeness outweighs all else, and may lead where nothing is left to gain
+        free = Descent(Objective(deciding, spectra, metric, error, 0.0, measure), fixed, times)
+        closest = min(begun, key=lambda start: _geometric_mean(start[2]))
+        _, at, _ = free.run(closest[1], iterations)
+        followed.append((descent.value(at)[0], at, closest[2]))
+        descent.evaluations += free.evaluations
+    for value, numbers, _ in followed:
         found, at, taken = descent.run(numbers, iterations)
         if say is not None:
             say(f"objective {value:.4f} -> {found:.4f}  ({taken} iterations)")

@@ -89,7 +89,7 @@ class Quadratic(Grid):
 
 def _levels(owner: str, process: LinearProcess, sigma_min: float, sigma_max: float | None) -> tuple[float, float, bool]:
     """Levels to walk between: sigma_min, sigma_max or what the process reaches if that is less, and if it is that."""
-    top = float(process.sigma(process.horizon))
+    top = float(process.sigma(process.horizon).detach())
     high = top if sigma_max is None else min(sigma_max, top)
     if not 0 < sigma_min < high:
         raise ValueError(
@@ -244,7 +244,7 @@ def _resampled(owner: str, process: LinearProcess, values: Tensor, n: int, drop:
         raise ValueError(
             f"{owner}: needs at least two noise levels, positive and strictly decreasing, got {values.tolist()}."
         )
-    top = float(process.sigma(process.horizon))
+    top = float(process.sigma(process.horizon).detach())
     if not float(values[-1]) < top:
         raise ValueError(
             f"{owner}: all levels, {float(values[0]):g} to {float(values[-1]):g}, lie above sigma(T) = {top:g}, where "
