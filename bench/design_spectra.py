@@ -62,7 +62,10 @@ def main() -> None:
     for name, count, by in itertools.product(METHODS, options.calls, ("itself", "EI1")):
         if by == "EI1" and name not in ("2M", "EI2 raw"):
             continue
-        sampler, plan = at_calls(SAMPLERS[name], process, count)
+        try:
+            sampler, plan = at_calls(SAMPLERS[name], process, count)
+        except ValueError:
+            continue
         ratios = []
         for members, others in given:
             start = time.process_time()

@@ -162,7 +162,7 @@ def optimise(
         sampler: with its number of steps; its grid is what is looked for.
         spectra: one, or a family; see :func:`family`.
         metric: what to minimise, the geometric mean of it over the family.
-        sigma_max: highest noise level; None for 80. Never above what the process reaches.
+        sigma_max: highest noise level; None for what the process reaches, which is never exceeded.
         sigma_min: lowest noise level.
         free_start: let the first time be earlier than that of ``sigma_max``: the walk then starts from the prior at a
             lower level, which costs accuracy at the start, counted exactly, and saves calls.
@@ -193,7 +193,7 @@ def optimise(
     """
     fixed = process.frozen() if isinstance(process, LearnedProcess) else process
     end = sampler.final != "none" if free_end is None else free_end
-    high = 80.0 if sigma_max is None else sigma_max
+    high = float(fixed.sigma(fixed.horizon).detach()) if sigma_max is None else sigma_max
     deciding = sampler if by is None else by
     if (deciding.nodes, deciding.final) != (sampler.nodes, sampler.final):
         raise ValueError(
