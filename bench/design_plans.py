@@ -215,10 +215,12 @@ def designed(
 ) -> Iterator[tuple[dict[str, Any], LinearProcess, TableSampler]]:
     """Schedules by each sampler's own law; for multistep methods also by that of order 1; and searched processes."""
     members = family(problem.spectrum)
-    for count, p, s, by in itertools.product(calls, *problem.designed, ("itself", "EI1")):
+    for count, p, s, by in itertools.product(calls, *problem.designed, ("itself", "EI1", "trust 10")):
         searched = p.isdigit()
         key = {"kind": "searched" if searched else "optimised", "process": p, "sampler": s, "grid": f"by {by}"}
         key |= {"budget": count}
+        if by == "trust 10" and not searched:
+            continue
         if by == "EI1" and (searched or s not in ("EI2 raw", "EI3 raw", "2M")):
             continue
         if name_of(problem, key) in known or (searched and (count > 20 or s in ("EI2 raw", "EI3 raw", "2M"))):
@@ -227,7 +229,7 @@ def designed(
         try:
             sampler, plan = at_calls(SAMPLERS[s], PROCESSES["VP" if searched else p], count)
             if searched:
-                found = search(int(p), sampler, members, iterations=100)
+                found = search(int(p), sampler, members, trust=10.0 if by == "trust 10" else 3.0, iterations=100)
             else:
                 deciding = Exponential(count, order=1) if by == "EI1" else None
                 found = optimise(PROCESSES[p], sampler, members, by=deciding)

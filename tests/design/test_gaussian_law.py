@@ -53,10 +53,10 @@ BRUTE = {
 
 
 @pytest.mark.parametrize("name", BRUTE)
-def test_a_million_samples_have_the_mean_and_covariance_of_the_law(name):
-    """All channels and both coordinates, the real loop; deviations of the estimates are those of Gaussian moments."""
+def test_samples_have_the_mean_and_covariance_of_the_law(name):
+    """All channels and both coordinates of 2e5, the real loop, within 4 standard errors of Gaussian moments."""
     process, sampler, error = BRUTE[name]
-    spectrum, n = Spectrum(torch.tensor([1.5, 0.05]), torch.tensor([0.5, -0.3])), 1_000_000
+    spectrum, n = Spectrum(torch.tensor([1.5, 0.05]), torch.tensor([0.5, -0.3])), 200_000
     plan = sampler.plan(process)
     law = propagate(plan, spectrum, error)
     generator = torch.Generator().manual_seed(11)
@@ -75,8 +75,8 @@ def test_a_million_samples_have_the_mean_and_covariance_of_the_law(name):
 
 @pytest.mark.parametrize("name", ["VP", "PSLD", "MALDA"])
 def test_laws_between_steps_are_those_of_the_states(name):
-    """2e5 trajectories: every state that the loop keeps, channel by channel, within 4 standard errors."""
-    process, n = CATALOG[name], 200_000
+    """1e5 trajectories: every state that the loop keeps, channel by channel, within 4 standard errors."""
+    process, n = CATALOG[name], 100_000
     spectrum = Spectrum(torch.tensor([0.4]), torch.tensor([0.5]))
     for sampler in (Exponential(5, LogSigma(0.05), "none", order=3), Heun(3, LogSigma(0.2), "none", churn=1.0)):
         plan = sampler.plan(process)
@@ -290,6 +290,10 @@ FAMILIES = {
 LEVELS = torch.tensor([3.0, 0.9, 0.4, 0.2], dtype=torch.float64)
 
 
+# The Jacobian between two random directions, a number that any wrong entry changes.
+PROJECTED = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-5, "fast_mode": True, "check_undefined_grad": False}
+
+
 def _measures(law: Law) -> torch.Tensor:
     return torch.stack([law.kl, law.w2])
 
@@ -305,7 +309,7 @@ def test_kl_and_w2_are_differentiable_in_the_times(name):
         def objective(inner, process=process, last=log_times[-1:]):
             return _measures(propagate(sampler.table(process, torch.cat([inner, last]).exp()), SPECTRUM, Relative(0.1)))
 
-        assert torch.autograd.gradcheck(objective, (inner,), eps=1e-6, atol=1e-6, rtol=1e-5)
+        assert torch.autograd.gradcheck(objective, (inner,), **PROJECTED)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -319,7 +323,7 @@ def test_kl_and_w2_are_differentiable_in_a_published_process(name):
         return _measures(propagate(sampler.table(process, times), SPECTRUM))
 
     parameters = torch.tensor([0.05, 0.1, 0.04], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(objective, (parameters,), eps=1e-6, atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(objective, (parameters,), **PROJECTED)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -110,7 +110,7 @@ PARTICLES = {
 
 @pytest.mark.parametrize("name", PARTICLES)
 def test_particles_agree(name):
-    """W2 of 8e4 of them to quantiles of the data at the last level; four standard errors of twenty batches."""
+    """W2 of 4e4 of them to quantiles of the data at the last level; four standard errors of twenty batches."""
     process, sampler = PARTICLES[name]
     plan = sampler.plan(process)
     found = outcome(plan, MIXTURE)
@@ -120,7 +120,7 @@ def test_particles_agree(name):
     if time > 0:
         mean, root = process.kernel(time)
         scale, noise = float(mean[0]), float(root[0, 0])
-    n = 4000
+    n = 2000
     x = sample(Diffusion(process, MIXTURE), 20 * n, (1,), plan, 7, dtype=torch.float64).reshape(20, n).sort().values
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     spread = (scale**2 * MIXTURE.covs + noise**2).sqrt()
@@ -166,9 +166,7 @@ def test_independent_coordinates_add_up():
     ("kind", "n", "w2", "kl"),
     [
         ("exp", 10, 0.19877, 0.27734),
-        ("rho", 10, 0.19865, 0.46547),
         ("DP", 10, 0.25013, 0.19189),
-        ("exp", 40, 0.09788, 0.014904),
         ("rho", 40, 0.10257, 0.028876),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -62,11 +63,16 @@ SAMPLERS = {
 }
 
 
-def _times(process, nodes: int) -> torch.Tensor:
-    """Half of the steps short enough for the guard to let high orders in."""
+@functools.cache
+def _all_times(process) -> torch.Tensor:
     with torch.no_grad():
         top = 0.999 * min(float(process.sigma(process.horizon)), 20.0)
-        return process.time(top * torch.tensor([1.0, 0.6, 0.36, 0.12, 0.06, 0.02], dtype=torch.float64))[:nodes]
+        return process.time(top * torch.tensor([1.0, 0.6, 0.36, 0.12, 0.06, 0.02], dtype=torch.float64))
+
+
+def _times(process, nodes: int) -> torch.Tensor:
+    """Half of the steps short enough for the guard to let high orders in."""
+    return _all_times(process)[:nodes]
 
 
 @torch.no_grad()

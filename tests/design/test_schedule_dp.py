@@ -77,7 +77,7 @@ def mixture_mmse(sigma):
     """Of 0.3 N(-0.7, 0.05^2) + 0.7 N(0.3, 0.1^2): the posterior's variance, integrated under each component."""
     weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
     mean, var = (torch.tensor(v, dtype=torch.float64) for v in ([-0.7, 0.3], [0.0025, 0.01]))
-    z = torch.linspace(-9, 9, 601, dtype=torch.float64)
+    z = torch.linspace(-9, 9, 201, dtype=torch.float64)  # trapezoids of a smooth integrand that vanishes at the ends
     p = torch.softmax(-0.5 * z.square(), 0)
     v = sigma.square()[:, None, None, None]
     total = var + v  # (N, 1, 1, component)
@@ -89,7 +89,7 @@ def mixture_mmse(sigma):
 
 
 def test_least_path_kl_of_a_mixture():
-    fine = torch.linspace(math.log(LOW), math.log(HIGH), 2001, dtype=torch.float64)
+    fine = torch.linspace(math.log(LOW), math.log(HIGH), 1001, dtype=torch.float64)
     curve = mixture_mmse(fine.exp())
     information = float(torch.trapezoid(2 * curve * (-2 * fine).exp(), fine))
     slope = {n: from_loss_curve(mixture_mmse, n, HIGH, LOW, information=information).value for n in (10, 40)}
@@ -183,7 +183,7 @@ def test_the_law_of_many_steps():
     limit = from_density(step_density(POWER), 1, HIGH, LOW).value
     assert limit == pytest.approx(1336, abs=0.5)
     scaled, behind = {}, {}
-    for n in (20, 40, 80, 160, 320):
+    for n in (40, 80, 160, 320):
         best = from_loss_curve(POWER.mmse, n, HIGH, LOW, information=INFORMATION)
         scaled[n] = n * best.value
         if n < 160:
@@ -192,7 +192,7 @@ def test_the_law_of_many_steps():
     assert limit < scaled[160] < 1375.6  # a choice among so many candidates as was printed can only be worse
     assert limit < scaled[320] < 1361.1
     assert (scaled[160] - limit) / (scaled[320] - limit) == pytest.approx(2, abs=0.1)
-    assert 0 < behind[80] < behind[40] < behind[20] < 0.03
+    assert 0 < behind[80] < behind[40] < 0.03
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -170,7 +170,7 @@ def test_measured_moments_of_one_parameter():
     four standard errors at each of five levels."""
     a, levels = 0.3, grid(0.1, 5.0, 5)
     g = torch.Generator().manual_seed(2)
-    found = measure_levels(Shrink(a), normal_points(20_001), levels, g, pairs=600, batch=8)
+    found = measure_levels(Shrink(a), normal_points(20_001), levels, g, pairs=300, batch=8)
     noise = levels**2
     vy, vr, c = 1 + noise, (a - 1) ** 2 + a**2 * noise, a * (1 + noise) - 1
     for value, error, exact in (
@@ -179,14 +179,14 @@ def test_measured_moments_of_one_parameter():
         (found.signal, found.signal_error, 4 * c**2),
     ):
         assert bool(((value - exact).abs() < 4 * error).all())
-    assert float((found.variance_error / found.variance).max()) < 0.1
-    assert float((found.loss_error / found.loss).max()) < 0.03
+    assert float((found.variance_error / found.variance).max()) < 0.1 * 2**0.5  # falls with the root of the pairs
+    assert float((found.loss_error / found.loss).max()) < 0.03 * 2**0.5
     assert float(found.noise_scale[-1]) == pytest.approx(float((vr * vy + c**2)[-1] / c[-1] ** 2), rel=0.3)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small network after 300 steps on two clusters, its data, and its profile."""
+    """A small network after 200 steps on two clusters, its data, and its profile."""
     g = torch.Generator().manual_seed(3)
     torch.manual_seed(0)
     x = 0.1 * torch.randn(4000, 2, generator=g) + torch.tensor([0.5, -0.3]) * (
@@ -195,7 +195,7 @@ def trained():
     model = NetworkDenoiser(MLP(2, width=32, depth=2), sigma_data=0.42, sigma_min=0.01, sigma_max=50.0)
     objective = Denoising("edm", DefensiveMixture(sigma_min=0.01, sigma_max=50.0))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(300):
+    for _ in range(200):
         batch = x[torch.randint(len(x), (128,), generator=g)]
         loss = objective.loss(model, batch, g)[0].mean()
         optimizer.zero_grad()
@@ -205,7 +205,7 @@ def trained():
     return model, x, objective, profile
 
 
-def batch_variance(model, x, objective, g, pairs=150, batch=64):
+def batch_variance(model, x, objective, g, pairs=100, batch=64):
     """batch x variance of a batch's gradient, and its standard error, by independent pairs."""
     parameters = list(model.parameters())
     values = []

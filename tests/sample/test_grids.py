@@ -9,7 +9,7 @@ import torch
 from undrift.config import ConfigError, build, describe
 from undrift.design.gaussian import propagate
 from undrift.design.spectrum import Spectrum
-from undrift.process import CLD, PSLD, VE, VP
+from undrift.process import CLD, PSLD, VE, VP, LearnedProcess
 from undrift.process.clock import CosineClock, PowerClock
 from undrift.sample import Cosine, Exponential, Given, Interpolated, LogSigma, Published, Rho, Tangent
 from undrift.sample.grid import PUBLISHED, Grid, log_linear
@@ -132,6 +132,18 @@ def test_grids_are_decreasing_times_of_every_process_and_come_back_from_their_de
             assert bool((times.diff() < 0).all())
             assert 0 < float(times[-1]) <= float(times[0]) <= process.horizon
     assert build(describe(grid), Grid) == grid
+
+
+@pytest.mark.parametrize("grid", [LogSigma(), Tangent(0.3), Interpolated([1e3, 5.0, 0.1]), Published("ays-svd")])
+def test_times_of_a_process_that_learns_follow_it_without_a_warning(grid, recwarn):
+    """Levels are numbers, times move with the process: they keep d sigma(t) = 0 between the ends."""
+    learned = LearnedProcess(2, learn=("D", "clock"))
+    times = grid.times(learned, 4)
+    assert not recwarn.list
+    (slope,) = torch.autograd.grad(times[1], learned.D_raw)
+    assert float(slope.abs().max()) > 0
+    held = torch.autograd.grad(learned.sigma(grid.times(learned, 4))[1], learned.D_raw)[0]
+    assert float(held.abs().max()) < 1e-9 * float(learned.sigma(times)[1].detach())
 
 
 def test_what_cannot_be_a_grid_is_refused():

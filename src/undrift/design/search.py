@@ -49,7 +49,7 @@ def search(
     sigma_min: float = 0.002,
     resolution: float | None = None,
     error: ScoreError | None = None,
-    trust: float = 3.0,
+    trust: float = 10.0,
     starts: Sequence[Grid] | None = None,
     candidates: Sequence[RecipeProcess | Design] = (),
     refined: int = 2,
@@ -62,7 +62,8 @@ def search(
         process: a learned process to begin from, whose ``learn`` says what is free; it is not changed. Or a number of
             channels, to begin at the processes of the catalog that have no more, at a chain, and at two random ones,
             with everything free but the clock.
-        sampler, spectra, metric, resolution, error, trust, starts: see :func:`~undrift.design.optimise.optimise`.
+        sampler, spectra, metric, resolution, error, trust, starts: see :func:`~undrift.design.optimise.optimise`. More
+            is free here, and more can be exploited: trust weighs more by default.
         sigma_max: the highest noise level that the denoiser knows: the walk starts no higher.
         sigma_min: lowest noise level.
         candidates: more to begin from, of as many channels or fewer: processes made by the recipe, and designs with
