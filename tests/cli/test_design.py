@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from undrift.cli import main
 from undrift.cli.candidates import STRANGE, Candidate, chosen, pairs
+from undrift.cli.design import DesignRun
+from undrift.cli.design_plans import memoryless, optimised
+from undrift.cli.design_task import Task
 from undrift.config import build, describe
 from undrift.design.gaussian import propagate, strangeness
+from undrift.design.optimise import family, optimise
 from undrift.design.spectrum import Spectrum
 from undrift.process import CLD, PSLD, VP, LearnedProcess, LinearProcess
-from undrift.report import read_npz
-from undrift.sample import DPMSolver2M, Heun, LogSigma, Sampler
+from undrift.report import JsonLines, read_npz
+from undrift.sample import SSCS, Ancestral, DPMSolver2M, Exponential, Grid, Heun, LogSigma, Sampler
 from undrift.train import Digits
 
 TINY = "{type: UNet, channels: 1, size: 8, width: 8, multipliers: [1, 1], attention: false}"
@@ -49,7 +54,10 @@ def designed(run_folder, tmp_path_factory):
     ]
     out = place / "all"
     call = ["design", str(run_folder), *SMALL, *source, "--channels", "[1]", "--verify", "100", "--out", str(out)]
-    assert main(call) == 0
+    with pytest.MonkeyPatch.context() as undrawn:  # figures are made, and drawn in the tests of the report
+        undrawn.setattr(Figure, "savefig", lambda self, file, **settings: file.write(b"a picture"))
+        assert main(call) == 0
+    assert (out / "report.html").read_text().count("<img") == 6
     return call, out
 
 
@@ -86,6 +94,33 @@ def test_predictions_are_those_of_propagate_and_ranked(designed):
         base = about["plans"][about["budgets"][str(n)]["best"]["classical"]]
         assert base["gain"] == 1
         assert used["gain"] == pytest.approx(base["w2"] / used["w2"])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "by"),
+    [
+        (DPMSolver2M(3, LogSigma()), Exponential(3, order=1)),
+        (Exponential(3, LogSigma(), "none", order=2), Exponential(3, None, "none", order=1)),
+        (Ancestral(3, LogSigma()), Ancestral(3)),
+    ],
+)
+def test_samplers_that_remember_walk_levels_found_by_order_one(sampler, by, tmp_path):
+    """And those without memory their own."""
+    run, data, log = DesignRun(iterations=2, grids=[LogSigma(0.05)]), Digits().load(), JsonLines(tmp_path / "log.jsonl")
+    task = Task(run, tmp_path, spectrum(), 0.01, None, data, None, log)
+    pair = Candidate.of("classical", 4, VP(), sampler, task.spectrum, 0.01, grid="LogSigma")
+    found = optimised(task, pair)
+    starts = [build(start, Grid) for start in log.rows[0]["settings"]["starts"]]
+    design = optimise(VP(), by, family(task.spectrum), starts=starts, iterations=2, sigma_max=80.0)
+    assert type(found.sampler) is type(sampler)
+    assert found.sampler.grid.values == pytest.approx(design.sigma.tolist(), rel=1e-9)
+    assert found.w2 == pytest.approx(float(propagate(found.sampler.plan(VP()), task.spectrum).w2), rel=1e-9)
+
+
+def test_only_samplers_that_remember_predictions_have_another_find_their_levels():
+    assert memoryless(Exponential(5, order=3, stochasticity=0.5)) == Exponential(5, order=1, stochasticity=0.5)
+    assert memoryless(DPMSolver2M(5, final="none")) == Exponential(5, final="none", order=1)
+    assert not any(memoryless(s) for s in (Exponential(5, order=1), Heun(5), SSCS(5), Ancestral(5)))
 
 
 def test_kl_ranks_by_kl(tmp_path, monkeypatch):
@@ -142,8 +177,6 @@ def test_searched_processes_run_as_they_are_written(designed, run_folder, tmp_pa
 
 def test_finished_parts_are_not_run_again(designed, capsys, monkeypatch):
     """One part is cut short, as by a kill: it alone is run again, and all comes out as before."""
-    from undrift.cli import design
-
     call, out = designed
     names = ("verify.jsonl", "design.json", "best-3.yaml", "best-4.yaml")
     before = {name: (out / name).read_bytes() for name in names}
@@ -155,10 +188,10 @@ def test_finished_parts_are_not_run_again(designed, capsys, monkeypatch):
     def never(*args, **settings):
         raise AssertionError("this was finished")
 
-    monkeypatch.setattr(design, "search", never)
-    monkeypatch.setattr(design.LossCurve, "measure", never)
+    monkeypatch.setattr("undrift.cli.design_plans.search", never)
+    monkeypatch.setattr("undrift.cli.design_plans.LossCurve.measure", never)
     monkeypatch.setattr("undrift.report.comparison.sample", never)
-    monkeypatch.setattr(design, "write_report", lambda out: out)
+    monkeypatch.setattr("undrift.cli.design.write_report", lambda out: out)
     capsys.readouterr()
     assert main(call) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from undrift.cli import main
 from undrift.report import write_report
@@ -166,7 +167,8 @@ def test_the_report_is_rebuilt_from_the_file_alone(about, tmp_path, capsys):
     assert "no stationary law" in page
 
 
-def test_what_there_is_not_is_left_out(about, tmp_path):
+def test_what_there_is_not_is_left_out(about, tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **settings: file.write(b"a picture"))
     bare = copy.deepcopy(about)
     bare["left_out"], bare["budgets"]["3"]["path"] = [], None
     (tmp_path / "design.json").write_text(json.dumps(bare))

@@ -43,8 +43,8 @@ def memoryless(sampler: TableSampler) -> TableSampler | None:
 def optimised(task: Task, pair: Candidate) -> Candidate | None:
     """The best schedule of a pair of process and sampler.
 
-    That of a sampler with memory is the best one of order 1 in as many steps: by its own law it would be one at which
-    errors cancel on Gaussian data and on no other, and measured samples of a network are far better without that.
+    That of a sampler that remembers predictions is the best one of order 1 in as many steps: at levels of its own law
+    errors cancel on Gaussian data and on no other, and samples of a trained network were measured to be far worse.
     """
     sampler = replace(pair.sampler, grid=None)
     starts, by = _starts(task, pair, sampler), memoryless(sampler)
