@@ -477,11 +477,11 @@ def test_noise_is_held_where_the_grid_is_refined():
     process, sampler = VE(), ancestral("prediction", 12, GRIDS["exp"])
     times = sampler.grid.times(process, 13)
     for error in (Noise(lambda s: 0.2 * POWER.mmse(s)), Relative(0.1)):
-        kl = [switched(process, sampler, times, POWER, error, refine=r)["only score"].kl for r in (16, 32, 64)]
+        kl = [switched(process, sampler, times, POWER, error, refine=r)["only score"].kl for r in (32, 64, 128)]
         assert (kl[2] - kl[1]) / (kl[1] - kl[0]) == pytest.approx(0.5, abs=0.05)
         limit = 2 * kl[2] - kl[1]
         assert limit == pytest.approx(kl[2], rel=0.1)
-        assert limit > 10 * switched(process, sampler, times, POWER, refine=64)["none"].kl
+        assert limit > 10 * switched(process, sampler, times, POWER, refine=128)["none"].kl
 
 
 def test_the_final_call_is_one_call_on_any_grid():

@@ -29,7 +29,7 @@ def _levels(kind: str, n: int) -> list[float]:
     if kind == "exp":
         return (80 * (0.002 / 80) ** ramp).tolist()
     if kind == "DP":
-        return from_loss_curve(MixtureCurve(MIXTURE).mmse, n, 80, 0.002, candidates=900).sigma.tolist()
+        return from_loss_curve(MixtureCurve(MIXTURE).mmse, n, 80, 0.002, candidates=300).sigma.tolist()
     return ((80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7).tolist()
 
 
