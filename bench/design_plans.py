@@ -182,7 +182,7 @@ def images(name: str, runs: Path) -> Problem:
     if name == "digits":
         settings = (("VP", "CLD", "MALDA"), every, ("log sigma", "rho 7", "quadratic", "cosine", "AYS"))
     else:
-        settings = (("VP", "CLD"), every[1:], ("log sigma", "rho 7", "quadratic"))
+        settings = (("VP", "CLD"), every[1:], ("log sigma", "rho 7", "quadratic", "AYS"))
     designed = (("VP", "CLD", "MALDA", "1", "2", "3"), ("ancestral", "SSCS", "EI1", "EI2 raw", "EI3 raw", "2M", "Heun"))
     return Problem(name, denoiser, spectrum, data.event, n, distances, settings, designed, classes(data))
 
