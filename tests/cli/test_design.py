@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from undrift.cli import main
-from undrift.cli.candidates import STRANGE, Candidate, chosen, pairs
+from undrift.cli.candidates import STRANGE, Candidate, chosen, memoryless, pairs
 from undrift.cli.design import DesignRun
-from undrift.cli.design_plans import memoryless, optimised
+from undrift.cli.design_plans import optimised
 from undrift.cli.design_task import Task
 from undrift.config import build, describe
 from undrift.design.gaussian import propagate, strangeness
@@ -81,19 +82,22 @@ def test_predictions_are_those_of_propagate_and_ranked(designed):
         # The same arithmetic on the same numbers: times are stored in full, levels of a grid to rounding.
         assert row["w2"] == pytest.approx(float(law.w2), rel=1e-9)
         assert row["kl"] == pytest.approx(float(law.smoothed(about["resolution"]).kl), rel=1e-9)
+        first = memoryless(build(row["settings"]["sampler"], Sampler))
+        other = law if first is None else propagate(first.plan(process), data)
+        assert row["rank"] == pytest.approx(math.sqrt(float(law.w2) * float(other.w2)), rel=1e-9)
         assert row["strangeness"] == pytest.approx(float(strangeness(plan, data).sum()), rel=1e-9)
         assert row["trusted"] == (row["strangeness"] <= STRANGE)
     for n in (3, 4):
         rows = [row for row in about["plans"] if row["budget"] == n]
-        assert [row["w2"] for row in rows] == sorted(row["w2"] for row in rows)
+        assert [row["rank"] for row in rows] == sorted(row["rank"] for row in rows)
         # 5 pairs that exist (SSCS does not split flow matching) on 2 grids.
         assert sum(row["kind"] == "classical" for row in rows) == 10
         used = about["plans"][about["budgets"][str(n)]["use"]]
         trusted = [row for row in rows if row["trusted"]] or rows
-        assert used["w2"] == min(row["w2"] for row in trusted)
+        assert used["rank"] == min(row["rank"] for row in trusted)
         base = about["plans"][about["budgets"][str(n)]["best"]["classical"]]
         assert base["gain"] == 1
-        assert used["gain"] == pytest.approx(base["w2"] / used["w2"])
+        assert used["gain"] == pytest.approx(base["rank"] / used["rank"])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_kl_ranks_by_kl(tmp_path, monkeypatch):
     )
     about = json.loads((tmp_path / "design.json").read_text())
     rows = [row for row in about["plans"] if row["budget"] == 4]
-    assert [row["kl"] for row in rows] == sorted(row["kl"] for row in rows)
+    assert [row["rank"] for row in rows] == sorted(row["rank"] for row in rows)
     assert [row["w2"] for row in rows] != sorted(row["w2"] for row in rows), "else the test says nothing"
     optimised = [row for row in rows if row["kind"] == "optimised"]
     # The optimisation begins from all grids compared, and smooths by the resolution too.
@@ -216,7 +220,7 @@ def test_measurements_stand_beside_predictions(designed):
 def _candidate(process, sampler, strange: float, w2: float) -> Candidate:
     data = Spectrum(torch.ones(2))
     made = Candidate.of("classical", 4, process, sampler, data, 0.01, grid="LogSigma")
-    return Candidate(made.kind, 4, process, sampler, made.names, made.plan, w2, 1.0, strange)
+    return Candidate(made.kind, 4, process, sampler, made.names, made.plan, w2, 1.0, (w2, 1.0), strange)
 
 
 def test_strange_plans_are_not_chosen_unless_there_is_no_other():

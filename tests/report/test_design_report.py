@@ -32,6 +32,7 @@ def _plan(kind, budget, w2, kl, strangeness, grid="LogSigma", calls=None):
         "grid": grid,
         "w2": w2,
         "kl": kl,
+        "rank": w2,
         "strangeness": strangeness,
         "trusted": strangeness <= 0.3,
         "gain": 0.2 / w2,
@@ -94,10 +95,10 @@ def about():
 def test_the_table_shows_the_best_the_chosen_and_the_kinds(about):
     head, lines, use = design_table(about, 3)
     assert len(lines) == 10 + 1, "the ten best, and the one from a measured loss, which is none of them"
-    assert lines[use][3:] == ["optimised", "3", "0.1", "0.2", "0.1", "2"]
+    assert lines[use][3:] == ["optimised", "3", "0.1", "0.2", "0.1", "0.1", "2"]
     assert lines[0][head.index("strangeness")] == "0.9 !"
     assert lines[-1][head.index("grid")] == "measured loss"
-    assert design_table(about, 5)[1] == [["VP", "Heun", "LogSigma", "classical", "4", "0.04", "0.01", "0.31 !", "5"]]
+    assert design_table(about, 5)[1] == [["VP", "Heun", "LogSigma", "classical", "4", "0.04", "0.01", "0.04", "0.31 !", "5"]]
 
 
 def test_strange_plans_are_warned_of(about):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from undrift.cli.candidates import Candidate
+from undrift.cli.candidates import Candidate, memoryless
 from undrift.cli.design_task import Task
 from undrift.config import build, describe
 from undrift.design.loss import LossCurve
@@ -23,21 +23,12 @@ from undrift.design.schedule import from_loss_curve
 from undrift.design.search import search
 from undrift.process import LinearProcess
 from undrift.report import label
-from undrift.sample import DPMSolver2M, Exponential, Grid, LogSigma, Rho, Sampler, TableSampler
+from undrift.sample import Grid, LogSigma, Rho, Sampler, TableSampler
 
-__all__ = ["by_loss", "measured_loss", "memoryless", "optimised", "searched"]
+__all__ = ["by_loss", "measured_loss", "optimised", "searched"]
 
 _LEVELS = 25  # noise levels at which a loss is measured
 _POINTS = 1024  # held-out points that a loss is measured on
-
-
-def memoryless(sampler: TableSampler) -> TableSampler | None:
-    """The sampler whose error finds the levels of one that remembers predictions; None for one that does not."""
-    if isinstance(sampler, Exponential) and sampler.order > 1:
-        return replace(sampler, order=1)
-    if isinstance(sampler, DPMSolver2M):
-        return Exponential(sampler.steps, sampler.grid, sampler.final, order=1)
-    return None
 
 
 def optimised(task: Task, pair: Candidate) -> Candidate | None:

@@ -28,7 +28,7 @@ CAVEAT = (
 KINDS = ("classical", "optimised", "searched")
 _SHOWN = 10  # lines of a ranking
 _FRAME = 100  # times the best value, beyond which a plan is out of the figure
-_HEAD = ("process", "sampler", "grid", "kind", "calls", "W2", "KL", "strangeness", "gain")
+_HEAD = ("process", "sampler", "grid", "kind", "calls", "W2", "KL", "rank", "strangeness", "gain")
 
 
 def design_table(about: About, calls: int) -> tuple[list[str], list[list[str]], int]:
@@ -45,7 +45,8 @@ def design_table(about: About, calls: int) -> tuple[list[str], list[list[str]], 
     for i in shown:
         row = about["plans"][i]
         strange = f"{row['strangeness']:.2g}" + ("" if row["trusted"] else " !")
-        numbers = [str(row["calls"]), f"{row['w2']:.4g}", f"{row['kl']:.4g}", strange, f"{row['gain']:.3g}"]
+        numbers = [str(row["calls"]), f"{row['w2']:.4g}", f"{row['kl']:.4g}"]
+        numbers += [f"{row['rank']:.4g}", strange, f"{row['gain']:.3g}"]
         lines.append([row["process"], row["sampler"], row["grid"], row["kind"], *numbers])
     return list(_HEAD), lines, shown.index(budget["use"])
 
@@ -173,7 +174,8 @@ def _rankings(page: Page, about: About) -> None:
             head,
             lines,
             f"The best of {count} plans by {_metric(about)}, and the best of each kind; the one to use stands out. W2 "
-            "in data units, KL in nats; gain is over the best classical plan.",
+            "in data units, KL in nats; rank is W2 (or KL), for samplers that remember its geometric mean with order "
+            "1's; gain is that of the best classical plan over it.",
             4,
             [(use, 5 if about["metric"] == "w2" else 6)],
         )
