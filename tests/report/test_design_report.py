@@ -98,7 +98,9 @@ def test_the_table_shows_the_best_the_chosen_and_the_kinds(about):
     assert lines[use][3:] == ["optimised", "3", "0.1", "0.2", "0.1", "0.1", "2"]
     assert lines[0][head.index("strangeness")] == "0.9 !"
     assert lines[-1][head.index("grid")] == "measured loss"
-    assert design_table(about, 5)[1] == [["VP", "Heun", "LogSigma", "classical", "4", "0.04", "0.01", "0.04", "0.31 !", "5"]]
+    assert design_table(about, 5)[1] == [
+        ["VP", "Heun", "LogSigma", "classical", "4", "0.04", "0.01", "0.04", "0.31 !", "5"]
+    ]
 
 
 def test_strange_plans_are_warned_of(about):
