@@ -51,7 +51,8 @@ class Design:
             searched, or of a design that was given to begin from.
         strangeness: summed over the calls, nats per coordinate over the family; well below 1 where the denoiser is
             asked little that it was not trained for. See :func:`~undrift.design.gaussian.strangeness`.
-        objective: what was minimised: the mean log of the metric, and ``trust`` times the strangeness.
+        objective: the mean log of the metric, and ``trust`` times the strangeness: what was minimised, unless another
+            sampler decided.
         evaluations: evaluations of the objective with its gradient.
     """
 
