@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from mixture_table import random_mixture
@@ -334,23 +335,8 @@ def main() -> None:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def ranks(values: list[float]) -> list[float]:
-    """Ranks, ties averaged."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    out = [0.0] * len(values)
-    i = 0
-    while i < len(order):
-        j = i
-        while j + 1 < len(order) and values[order[j + 1]] == values[order[i]]:
-            j += 1
-        for k in order[i : j + 1]:
-            out[k] = 0.5 * (i + j)
-        i = j + 1
-    return out
-
-
 def spearman(x: list[float], y: list[float]) -> float:
-    return statistics.correlation(ranks(x), ranks(y)) if len(x) > 2 else math.nan
+    return float(spearmanr(x, y).statistic) if len(x) > 2 else math.nan
 
 
 KINDS = ("classical", "optimised", "searched")
