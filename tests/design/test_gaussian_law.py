@@ -56,7 +56,7 @@ BRUTE = {
 def test_samples_have_the_mean_and_covariance_of_the_law(name):
     """All channels and both coordinates of 2e5, the real loop, within 4 standard errors of Gaussian moments."""
     process, sampler, error = BRUTE[name]
-    spectrum, n = Spectrum(torch.tensor([1.5, 0.05]), torch.tensor([0.5, -0.3])), 200_000
+    spectrum, n = Spectrum(torch.tensor([1.5, 0.05]), torch.tensor([0.5, -0.3])), 1_000_000
     plan = sampler.plan(process)
     law = propagate(plan, spectrum, error)
     generator = torch.Generator().manual_seed(11)
