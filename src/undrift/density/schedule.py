@@ -10,12 +10,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from undrift.measure.evidence import effective_sample_size
+from undrift._weights import Scheme, ancestors, effective_sample_size
 
 __all__ = ["AdaptiveLevels", "FixedLevels", "Levels", "Resampling", "conditional_ess"]
 
@@ -118,7 +117,7 @@ class Resampling:
         threshold: share in (0, 1]; 1 resamples at every level.
     """
 
-    scheme: Literal["systematic", "multinomial"] = "systematic"
+    scheme: Scheme = "systematic"
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
@@ -133,11 +132,4 @@ class Resampling:
 
     def ancestors(self, log_weights: Tensor, generator: torch.Generator) -> Tensor:
         """Index (R, m) of each walker's ancestor within its repeat, of mean count m W."""
-        repeats, m = log_weights.shape
-        w = log_weights.double().softmax(-1)
-        if self.scheme == "multinomial":
-            return torch.multinomial(w, m, replacement=True, generator=generator)
-        start = torch.empty(repeats, 1, dtype=w.dtype, device=w.device).uniform_(generator=generator)
-        places = (torch.arange(m, dtype=w.dtype, device=w.device) + start) / m
-        edges = w.cumsum(-1)
-        return torch.searchsorted(edges / edges[:, -1:], places, right=True).clamp(max=m - 1)
+        return ancestors(log_weights, generator, self.scheme)

@@ -9,25 +9,13 @@ With unnormalised weights :math:`w_i = e^{\ell_i}` of mean Z,
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from undrift._weights import effective_sample_size, log_mean_exp, pooled
 from undrift.measure.distance import Estimate
 
 __all__ = ["effective_sample_size", "log_evidence", "log_mean_exp", "mode_weights", "total_variation"]
-
-
-def log_mean_exp(log_weights: Tensor, dim: int = -1) -> Tensor:
-    """log of the mean weight along an axis; -inf where all weights are 0."""
-    return log_weights.logsumexp(dim) - math.log(log_weights.shape[dim])
-
-
-def effective_sample_size(log_weights: Tensor, dim: int = -1) -> Tensor:
-    """Kish's effective sample size along an axis, between 1 and n; 0 where all weights are 0."""
-    doubled = 2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)
-    return torch.nan_to_num(doubled.exp(), nan=0.0)
 
 
 def log_evidence(log_z: Tensor) -> Estimate:
@@ -41,14 +29,7 @@ def log_evidence(log_z: Tensor) -> Estimate:
     """
     if log_z.ndim != 1 or log_z.numel() == 0:
         raise ValueError(f"log_evidence: log_z must have shape (repeats,), got {tuple(log_z.shape)}.")
-    values = log_z.double()
-    count = len(values)
-    pooled = float(log_mean_exp(values))
-    if count == 1 or not math.isfinite(pooled):
-        return Estimate(pooled, math.nan)
-    left_out = torch.stack([log_mean_exp(torch.cat([values[:i], values[i + 1 :]])) for i in range(count)])
-    spread = (left_out - left_out.mean()).square().sum() * (count - 1) / count
-    return Estimate(pooled, math.sqrt(float(spread)))
+    return Estimate(*pooled(log_z))
 
 
 def mode_weights(modes: Tensor, count: int, log_weights: Tensor | None = None) -> Tensor:
