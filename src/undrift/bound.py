@@ -49,7 +49,7 @@ from torch import Tensor
 
 from undrift._linalg import psd_sqrt
 from undrift._trace import carried_trace
-from undrift.diffusion import Diffusion, NoiseCoefficients, NoiseDiffusion
+from undrift.diffusion import Diffusion, NoiseCoefficients, NoiseDiffusion, require_white
 from undrift.process.linear import mix
 
 __all__ = ["Bound", "Decoder", "Form"]
@@ -109,6 +109,7 @@ class Bound:
         ):
             if value not in known:
                 raise ValueError(f"Bound: {name} must be one of {known}, got {value!r}.")
+        require_white(self.diffusion, "Bound")
         process = self.diffusion.process
         name = type(process).__name__
         if self.form == "denoising" and not isinstance(self.diffusion, Diffusion):

@@ -5,12 +5,15 @@ Two kinds, and every sampler runs both:
 * :class:`Diffusion` = process x denoiser. The score is :math:`-S_t^{-1}(z - m_t \otimes D(\tilde x, \sigma))`;
   one denoiser serves every process.
 * :class:`NoiseDiffusion`, the papers' way: a network sees all K channels and predicts the noise of one process.
+
+Either lives on a space. On one with coloured noise, of covariance C, the formula above is that of the *preconditioned*
+score :math:`C \nabla \log p_t`, which stays finite as a grid gets finer; the score itself is that with C divided out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,8 +22,9 @@ from torch import Tensor
 from undrift._linalg import as_f64, sqrt_sum
 from undrift.denoise.base import Denoiser
 from undrift.process.linear import LinearProcess, mix
+from undrift.space import Space, White
 
-__all__ = ["Diffusion", "NoiseDiffusion", "Predictor"]
+__all__ = ["Diffusion", "NoiseDiffusion", "Predictor", "require_white", "space_of"]
 
 Predictor = Callable[..., Tensor]
 """``predictor(z, i, **condition)`` -> prediction (batch, P, *event) at the i-th of the times it was made for."""
@@ -32,6 +36,24 @@ def _inverse_cov(root: Tensor, v: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root.mT, u, upper=True)
 
 
+def space_of(model: object, given: Space | None = None) -> Space:
+    """The space that is given, or else the one that the model says it lives on, or else White."""
+    space = getattr(model, "space", None) if given is None else given
+    if space is not None and not isinstance(space, Space):
+        raise TypeError(f"space must be a Space, such as White() or a FunctionSpace, got a {type(space).__name__}.")
+    return White() if space is None else space
+
+
+def require_white(model: object, what: str) -> None:
+    """Raise ValueError if the model's noise is coloured, where a density by coordinates is asked for."""
+    if not space_of(model).white:
+        raise ValueError(
+            f"{what} is a density of coordinates under independent noise, and this model lives on a space of coloured "
+            "noise, where functions have none. Give the space coordinates='whitened', in which C is the identity "
+            "(values then depend on the grid), or judge with distances between samples."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Diffusion:
     """Process x denoiser.
@@ -39,10 +61,15 @@ class Diffusion:
     Args:
         process: any linear process.
         denoiser: any denoiser, whatever process or noise levels it was made with.
+        space: where the points live and the colour of their noise; by default the denoiser's, if it has one, or White.
     """
 
     process: LinearProcess
     denoiser: Denoiser
+    space: Space = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "space", space_of(self.denoiser, self.space))
 
     @property
     def predictions(self) -> int:
@@ -55,7 +82,15 @@ class Diffusion:
         return self.denoiser(x, sigma.to(x), **condition)
 
     def score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
-        """grad log p_t(z), same shape as z (batch, K, *event)."""
+        """grad log p_t(z) in the space's coordinates, same shape as z (batch, K, *event)."""
+        return self.space.precision(self.preconditioned_score(z, t, **condition))
+
+    def preconditioned_score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
+        """C grad log p_t(z), same shape as z (batch, K, *event): the score on White, and finite on every grid.
+
+        References:
+            Pidstrigach et al. 2023 (arXiv 2302.10130), definition 1.
+        """
         x0 = self.predict(z, t, **condition)
         mean, root = self.process.kernel(self.process._per_sample(z, t))
         eye = torch.eye(self.process.channels, dtype=root.dtype)
@@ -114,6 +149,7 @@ class NoiseDiffusion:
         factor: "lower" Cholesky, or the "upper" triangular root.
         mixed: add the Gaussian baseline.
         data_std: deviation of one data coordinate; scales the network's inputs and the baseline.
+        space: where the points live; on a space of coloured noise the network predicts noise of that colour.
 
     References:
         Pandey & Mandt 2023, eq. 9-10; Dockhorn et al. 2022, eq. 8-9 (hybrid score matching and mixed score).
@@ -127,6 +163,7 @@ class NoiseDiffusion:
         factor: Literal["lower", "upper"] = "lower",
         mixed: bool = False,
         data_std: float = 1.0,
+        space: Space | None = None,
     ) -> None:
         if kernel not in ("hsm", "dsm"):
             raise ValueError(f"NoiseDiffusion: kernel must be 'hsm' or 'dsm', got {kernel!r}.")
@@ -136,6 +173,7 @@ class NoiseDiffusion:
             raise ValueError(f"NoiseDiffusion: data_std must be positive, got {data_std}.")
         self.process, self.network = process, network
         self.kernel, self.factor, self.mixed, self.data_std = kernel, factor, mixed, data_std
+        self.space = space_of(network, space)
 
     @property
     def predictions(self) -> int:
@@ -177,6 +215,10 @@ class NoiseDiffusion:
             root: R (..., K, K), float64, for R' times the score: where R is a kernel's root, a number of order 1 near
                 the data where the score itself diverges. The product is taken before it meets z's precision.
         """
+        return self.space.precision(self.preconditioned_score(z, t, root, **condition))
+
+    def preconditioned_score(self, z: Tensor, t: object, root: Tensor | None = None, **condition: Any) -> Tensor:
+        """C times :meth:`score`: the same on White, and finite on every grid."""
         return self._score(z, self.coefficients(self.process._per_sample(z, t)), root, **condition)
 
     def _score(self, z: Tensor, c: NoiseCoefficients, root: Tensor | None, **condition: Any) -> Tensor:
@@ -189,7 +231,7 @@ class NoiseDiffusion:
         time = self.process._per_sample(z, t)
         full = self.process.kernel(time)[1]
         row = self.process._weights(time)[1].unsqueeze(-2)
-        s = self.score(z, time, **condition)
+        s = self.preconditioned_score(z, time, **condition)
         return mix(torch.cat([row, row @ full @ full.mT], -1), torch.cat([z, s], 1)).squeeze(1)
 
     def reading(self, times: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from undrift.denoise.base import per_sample
 from undrift.networks.base import Network
+from undrift.space import Space, White
 
 __all__ = ["NetworkDenoiser"]
 
@@ -36,10 +37,17 @@ class NetworkDenoiser(nn.Module):
         network: maps (batch, *event) and labels (batch,) to (batch, *event).
         sigma_data: deviation of one data coordinate.
         sigma_min, sigma_max: range of noise levels the network is trained at.
+        space: where the points live: the noise n it is trained to remove is that of the space. On a FunctionSpace
+            sigma_data is the data's deviation relative to the noise's, 1 if they share their spectrum.
     """
 
     def __init__(
-        self, network: Network, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 300.0
+        self,
+        network: Network,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 300.0,
+        space: Space | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -52,6 +60,9 @@ class NetworkDenoiser(nn.Module):
             )
         self.network = network
         self.sigma_data, self.sigma_min, self.sigma_max = float(sigma_data), float(sigma_min), float(sigma_max)
+        if space is not None and not isinstance(space, Space):
+            raise TypeError(f"NetworkDenoiser: space must be a Space, got a {type(space).__name__}.")
+        self.space = White() if space is None else space
 
     @property
     def config(self) -> dict[str, Any]:
@@ -61,6 +72,7 @@ class NetworkDenoiser(nn.Module):
             "sigma_data": self.sigma_data,
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
+            "space": self.space,
         }
 
     def forward(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:

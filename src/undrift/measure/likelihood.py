@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from undrift._linalg import psd_sqrt
-from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.diffusion import Diffusion, NoiseDiffusion, require_white
 from undrift.measure.transport import Trace, transport
 from undrift.process.linear import mix
 
@@ -95,6 +95,7 @@ def log_likelihood(
         ValueError: for a bad argument, before any work.
         RuntimeError: see :func:`transport`.
     """
+    require_white(diffusion, "log_likelihood")
     process = diffusion.process
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"log_likelihood: x must be floating point (batch, *event), got {x.dtype} {tuple(x.shape)}.")

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from undrift._interpolant import Interpolant
 from undrift._linalg import psd_sqrt, sqrt_sum
 from undrift._trace import carried_trace
-from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.diffusion import Diffusion, NoiseDiffusion, require_white
 from undrift.process.linear import LinearProcess, mix
 
 __all__ = ["Trace", "Transport", "transport"]
@@ -201,6 +201,7 @@ def transport(
         ValueError: for a bad argument, before any work.
         RuntimeError: if the solver's step underflows or the state is no longer finite; the message says at which time.
     """
+    require_white(diffusion, "transport")
     horizon = diffusion.process.horizon
     if not (0 <= start <= horizon and 0 < end <= horizon):
         raise ValueError(

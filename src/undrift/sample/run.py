@@ -92,7 +92,7 @@ def sample(
         condition: passed to the model; tensors whose first size is n are split along with the batch.
 
     Returns:
-        Samples (n, *shape), or the trajectory.
+        Samples (n, *shape) in the coordinates of the diffusion's space, or the trajectory.
 
     Raises:
         ValueError: for unusable arguments, before any work starts.
@@ -129,7 +129,7 @@ def sample(
             if isinstance(plan, Plan):
                 walks.append(run_plan(diffusion, plan, noise, generator, trajectory, bar, **part))
             else:
-                z = mix(diffusion.process.prior(), noise)
+                z = mix(diffusion.process.prior(), diffusion.space.colour(noise))
                 walks.append(Trajectory(*plan.solve(diffusion, z, bar.update, **part)))
     if trajectory:
         return Trajectory(walks[0].times, torch.cat([w.states for w in walks], 1), max(w.calls for w in walks))
@@ -145,10 +145,11 @@ def run_plan(
     bar: tqdm | None = None,
     **condition: Any,
 ) -> Trajectory:
-    """Walk one batch: ``noise`` (batch, K, *event) is standard normal and is shaped by the plan's prior."""
+    """Walk one batch: ``noise`` (batch, K, *event) is standard normal, coloured here and shaped by the plan's prior."""
     p = diffusion.predictions
     predict = diffusion.predictor(plan.times)
-    z = mix(plan.prior, noise)
+    space = diffusion.space
+    z = mix(plan.prior, space.colour(noise))
     before = z
     history: list[Tensor] = []
     depth = plan.B.shape[1]
@@ -168,8 +169,10 @@ def run_plan(
             root = plan.L[i][:, columns]
             blocks.append(root)
             parts.append(
-                torch.empty(z.shape[0], root.shape[-1], *z.shape[2:], dtype=z.dtype, device=z.device).normal_(
-                    generator=generator
+                space.colour(
+                    torch.empty(z.shape[0], root.shape[-1], *z.shape[2:], dtype=z.dtype, device=z.device).normal_(
+                        generator=generator
+                    )
                 )
             )
         before, z = z, _combine(torch.cat(blocks, -1), parts)

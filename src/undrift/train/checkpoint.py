@@ -72,12 +72,12 @@ def with_parts(model: Model, parts: nn.ModuleDict) -> Model:
     """The same model around other parts of the same kind."""
     network = parts["network"]
     if isinstance(model, NetworkDenoiser):
-        return NetworkDenoiser(cast(Network, network), model.sigma_data, model.sigma_min, model.sigma_max)
+        return NetworkDenoiser(cast(Network, network), model.sigma_data, model.sigma_min, model.sigma_max, model.space)
     if isinstance(model, NonlinearDiffusion):
         return dataclasses.replace(model, network=network)
     process = cast(LinearProcess, parts["process"]) if "process" in parts else model.process
     if isinstance(model, NoiseDiffusion):
-        return NoiseDiffusion(process, network, model.kernel, model.factor, model.mixed, model.data_std)
+        return NoiseDiffusion(process, network, model.kernel, model.factor, model.mixed, model.data_std, model.space)
     return Diffusion(process, cast(NetworkDenoiser, with_parts(cast(NetworkDenoiser, model.denoiser), parts)))
 
 

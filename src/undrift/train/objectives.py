@@ -20,9 +20,10 @@ from torch import Tensor
 
 from undrift._linalg import psd_sqrt
 from undrift.bound import Bound
-from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.diffusion import Diffusion, NoiseDiffusion, require_white, space_of
 from undrift.process.linear import mix
 from undrift.process.times import InformationTimes, LogSnrTimes, TimeDensity, earliest
+from undrift.space import White
 from undrift.train.levels import DefensiveMixture, NoiseLevels, stratified
 
 __all__ = ["Denoising", "EvidenceBound", "NoiseMatching", "Objective"]
@@ -63,17 +64,26 @@ class Denoising(Objective):
     total = w p. By itself a change of p changes it. To visit other levels for the same objective, name the density
     that defines it as ``target``: losses are multiplied by target / p.
 
+    On a space of functions the noise is the space's, and the error's size its norm, with weights
+    :math:`\lambda_j^{-\theta}` on the modes. At theta = 0, the norm of L^2, loss and gradient stay finite as the grid
+    gets finer; at theta = 1, which is what the likelihood counts, their variance grows with it. The minimiser is the
+    same.
+
     Args:
         weighting: one of the above.
         noise: density p of the levels that are visited. "likelihood" needs one with a bounded range.
         target: density that defines the objective, for "edm" and "uniform"; None for ``noise`` itself.
+        theta: exponent of the weights on the modes of a function, in [0, 1]; 0 on White.
     """
 
     weighting: Literal["edm", "likelihood", "uniform"] = "edm"
     noise: NoiseLevels = field(default_factory=DefensiveMixture)
     target: NoiseLevels | None = None
+    theta: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.theta <= 1:
+            raise ValueError(f"Denoising: theta must lie in [0, 1], got {self.theta}.")
         if self.weighting not in ("edm", "likelihood", "uniform"):
             raise ValueError(f"Denoising: weighting must be 'edm', 'likelihood' or 'uniform', got {self.weighting!r}.")
         if self.weighting == "likelihood" and not (self.noise.support[0] > 0 and self.noise.support[1] < math.inf):
@@ -132,10 +142,15 @@ class Denoising(Objective):
         sigma = self.noise.draw(stratified(x.shape[0], generator))
         weight = self.weight(sigma, getattr(model, "sigma_data", None)).to(x)
         sigma = sigma.to(x)
-        noise = torch.empty_like(x).normal_(generator=generator)
+        space = space_of(model)
+        noise = space.colour(torch.empty_like(x).normal_(generator=generator))
         noisy = torch.addcmul(x, noise, sigma.reshape(-1, *[1] * (x.ndim - 1)))
-        error = (model(noisy, sigma, **condition) - x).reshape(x.shape[0], -1)
-        return weight * error.square().mean(1), sigma
+        error = model(noisy, sigma, **condition) - x
+        if isinstance(space, White):
+            if self.theta:
+                raise ValueError("Denoising: theta weights the modes of functions; this model lives on White.")
+            return weight * error.reshape(x.shape[0], -1).square().mean(1), sigma
+        return weight * space.norm2(error, self.theta), sigma
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +189,7 @@ class NoiseMatching(Objective):
             raise TypeError(
                 f"NoiseMatching: trains a NoiseDiffusion, got a {type(model).__name__}; Denoising trains denoisers."
             )
+        require_white(model, "NoiseMatching")
         span = model.process.horizon - self.t_min
         if not span > 0:
             raise ValueError(f"NoiseMatching: t_min = {self.t_min} must lie below T = {model.process.horizon}.")
@@ -249,6 +265,7 @@ class EvidenceBound(Objective):
                 f"EvidenceBound: trains a Diffusion or a NoiseDiffusion, got a {type(model).__name__}; the bound is of "
                 "a process with a model."
             )
+        require_white(model, "EvidenceBound")
         process, n = model.process, x.shape[0]
         t_min = earliest(process, self.sigma_min) if self.t_min is None else self.t_min
         bound = Bound(model, t_min=t_min)

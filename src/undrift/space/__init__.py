@@ -1,0 +1,21 @@
+"""Where diffusions live: arrays with white noise, and functions on a grid with noise that is a function."""
+
+from undrift.space.basis import Basis, Cosine, Fourier, Sine
+from undrift.space.covariance import Covariance, EmpiricalSpectrum, HeatKernel, Matern, PowerLaw
+from undrift.space.space import Coordinates, FunctionSpace, Space, White
+
+__all__ = [
+    "Basis",
+    "Coordinates",
+    "Cosine",
+    "Covariance",
+    "EmpiricalSpectrum",
+    "Fourier",
+    "FunctionSpace",
+    "HeatKernel",
+    "Matern",
+    "PowerLaw",
+    "Sine",
+    "Space",
+    "White",
+]
