@@ -1,8 +1,35 @@
-"""What is out there: the posterior mean of the data given a noisy view of it, known in closed form or learned."""
+"""What is out there: the posterior mean of the data given a noisy view of it, and given more than that.
+
+Known in closed form or learned; conditioned by a potential, by a classifier or without one, by an observation, or by a
+known part.
+"""
 
 from undrift.denoise.base import Denoiser
+from undrift.denoise.classifier import BayesClassifier, Classifier, ClassifierPotential, NetworkClassifier
 from undrift.denoise.closed_form import GaussianDenoiser, MixtureDenoiser
 from undrift.denoise.empirical import EmpiricalDenoiser
+from undrift.denoise.free import ClassifierFree
+from undrift.denoise.guidance import Guided, Parts, Potential
+from undrift.denoise.known import Known
 from undrift.denoise.network import NetworkDenoiser
+from undrift.denoise.potentials import PointEstimate, PseudoInverse, TweedieMoments
 
-__all__ = ["Denoiser", "EmpiricalDenoiser", "GaussianDenoiser", "MixtureDenoiser", "NetworkDenoiser"]
+__all__ = [
+    "BayesClassifier",
+    "Classifier",
+    "ClassifierFree",
+    "ClassifierPotential",
+    "Denoiser",
+    "EmpiricalDenoiser",
+    "GaussianDenoiser",
+    "Guided",
+    "Known",
+    "MixtureDenoiser",
+    "NetworkClassifier",
+    "NetworkDenoiser",
+    "Parts",
+    "PointEstimate",
+    "Potential",
+    "PseudoInverse",
+    "TweedieMoments",
+]

@@ -18,17 +18,33 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
-from undrift.space import Space, White
+from undrift.space import FunctionSpace, Space, White
 
-__all__ = ["Guided", "Parts", "Potential"]
+__all__ = ["Guided", "Parts", "Potential", "coloured", "inherited"]
+
+
+def inherited(denoiser: object, space: Space | None = None) -> Space:
+    """The space that is given, or else the one that the denoiser says it lives on, or else White."""
+    found = getattr(denoiser, "space", None) if space is None else space
+    return White() if found is None else found
+
+
+def coloured(space: Space, slope: Tensor) -> Tensor:
+    r""":math:`C\,\nabla f` of a function f of points, from its partial derivatives ``slope`` (batch, *event).
+
+    That is the matrix of covariances of the noise's coordinates, times the slope: on the values of a function, whose
+    inner product is :math:`h^d \sum u v`, the operator C applied to the gradient for that inner product.
+    """
+    return space.covariance(space.gradient(slope) if isinstance(space, FunctionSpace) else slope)
 
 
 class Potential(Protocol):
@@ -36,7 +52,7 @@ class Potential(Protocol):
 
     Any callable will do. One that takes conditions of its own names them in an attribute ``conditions``, a tuple of
     texts: what the caller of the denoiser gives under these names goes to the potential, and the rest to the model. One
-    that holds a function space names it ``space``.
+    that must know the space is a dataclass with a field ``space``; where that is None, :class:`Guided` fills it in.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, x0: Tensor, **condition: Any) -> Tensor:
@@ -81,27 +97,32 @@ class Guided(Denoiser):
         denoiser: the model; conditions that the potential does not take are passed on to it.
         potential: see :class:`Potential`.
         strength: factor on the gradient.
-        space: where the noise lives: C is its covariance. None for the potential's own if it has one, else white noise.
+        space: where the points live, C being the covariance of its noise; by default the denoiser's, if it has one, or
+            White.
 
     Raises:
-        ValueError: if the strength is not finite, or the potential lives in another space.
+        ValueError: if the strength is not finite, or the potential was made for another space.
     """
 
     denoiser: Denoiser
     potential: Potential
     strength: float = 1.0
-    space: Space | None = None
+    space: Space = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise ValueError(f"Guided: strength must be finite, got {self.strength}.")
-        own = getattr(self.potential, "space", None)
-        if self.space is not None and own is not None and own != self.space:
-            raise ValueError(
-                f"Guided: the potential lives in {own}, the denoiser in {self.space}; give both the same space, or "
-                "leave Guided's out."
-            )
-        object.__setattr__(self, "space", self.space or own or White())
+        space = inherited(self.denoiser, self.space)
+        object.__setattr__(self, "space", space)
+        potential: Any = self.potential
+        if hasattr(potential, "space"):
+            if potential.space is None:
+                object.__setattr__(self, "potential", dataclasses.replace(potential, space=space))
+            elif potential.space != space:
+                raise ValueError(
+                    f"Guided: the potential was made for {potential.space}, the denoiser lives on {space}; leave the "
+                    "potential's space out."
+                )
 
     def parts(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Parts:
         """Both predictions and the log potential, from one call of the model and one pass back through it.
@@ -112,8 +133,8 @@ class Guided(Denoiser):
             condition: what the potential takes goes to it, the rest to the model.
 
         Returns:
-            The guided and the unguided prediction and the log potential, in x's dtype; without a graph unless gradients
-            are enabled and x asks for them.
+            The guided and the unguided prediction, in x's dtype, and the log potential in its own; without a graph
+            unless gradients are enabled and x asks for them.
         """
         names = getattr(self.potential, "conditions", ())
         own = {k: v for k, v in condition.items() if k in names}
@@ -132,9 +153,8 @@ class Guided(Denoiser):
             (slope,) = torch.autograd.grad(value.sum(), point, create_graph=onward)
         if not onward:
             x0, value = x0.detach(), value.detach()
-        assert self.space is not None
-        guided = x0 + self.strength * level.square() * self.space.covariance(slope)
-        return Parts(guided, x0, value.to(x.dtype))
+        guided = x0 + self.strength * level.square() * coloured(self.space, slope)
+        return Parts(guided, x0, value)
 
     def __call__(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:
         """E[x0 | x~ = x, y] as the potential has it; same shape and dtype as x (batch, *event)."""
