@@ -15,9 +15,11 @@ from undrift.sample.grid import (
     Tangent,
     Uniform,
 )
+from undrift.sample.particles import Particles
 from undrift.sample.plan import Plan, Sampler, TableSampler
 from undrift.sample.run import Trajectory, sample
 from undrift.sample.splitting import SSCS
+from undrift.sample.twisted import twisted
 
 __all__ = [
     "SSCS",
@@ -31,6 +33,7 @@ __all__ = [
     "Heun",
     "Interpolated",
     "LogSigma",
+    "Particles",
     "Plan",
     "ProbabilityFlow",
     "Published",
@@ -42,4 +45,5 @@ __all__ = [
     "Trajectory",
     "Uniform",
     "sample",
+    "twisted",
 ]
