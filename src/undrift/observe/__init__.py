@@ -9,17 +9,23 @@ An operator maps (batch, *event) to (batch, *data) and can be differentiated; ``
 from __future__ import annotations
 
 from undrift.observe.base import Composition, LinearComposition, LinearOperator, Operator
-from undrift.observe.darcy import Darcy1d
+from undrift.observe.blur import Blur, Heat, SpectralFilter
+from undrift.observe.darcy import Darcy1d, Darcy2d
 from undrift.observe.noise import CorrelatedNoise, GaussianNoise, LaplaceNoise, Noise, PoissonNoise, StudentTNoise
 from undrift.observe.observation import Observation
+from undrift.observe.phase import PhaseRetrieval
 from undrift.observe.points import Downsample, Identity, Mask, Matrix, Points
+from undrift.observe.radon import Radon
 
 __all__ = [
+    "Blur",
     "Composition",
     "CorrelatedNoise",
     "Darcy1d",
+    "Darcy2d",
     "Downsample",
     "GaussianNoise",
+    "Heat",
     "Identity",
     "LaplaceNoise",
     "LinearComposition",
@@ -29,7 +35,10 @@ __all__ = [
     "Noise",
     "Observation",
     "Operator",
+    "PhaseRetrieval",
     "Points",
     "PoissonNoise",
+    "Radon",
+    "SpectralFilter",
     "StudentTNoise",
 ]
