@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from undrift._linalg import as_f64
 from undrift.denoise.base import per_sample
 from undrift.networks.classifier import ClassifierNetwork
+from undrift.space import Space, White
 
 __all__ = ["BayesClassifier", "Classifier", "ClassifierPotential", "NetworkClassifier"]
 
@@ -75,10 +76,16 @@ class NetworkClassifier(nn.Module):
         network: maps (batch, *event) and labels (batch,) to logits (batch, classes).
         sigma_data: deviation of one data coordinate.
         sigma_min, sigma_max: range of noise levels the network is trained at.
+        space: where the points live: its noise is what the network learns to see through.
     """
 
     def __init__(
-        self, network: ClassifierNetwork, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 300.0
+        self,
+        network: ClassifierNetwork,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 300.0,
+        space: Space | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -91,6 +98,7 @@ class NetworkClassifier(nn.Module):
             )
         self.network = network
         self.sigma_data, self.sigma_min, self.sigma_max = float(sigma_data), float(sigma_min), float(sigma_max)
+        self.space = White() if space is None else space
 
     @property
     def config(self) -> dict[str, Any]:
@@ -100,6 +108,7 @@ class NetworkClassifier(nn.Module):
             "sigma_data": self.sigma_data,
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
+            "space": self.space,
         }
 
     @property

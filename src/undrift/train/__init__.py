@@ -2,6 +2,7 @@
 
 from undrift.container import CheckpointError
 from undrift.train.checkpoint import load, notes, save
+from undrift.train.classifier import Accuracy, Classification, accuracy
 from undrift.train.config import TrainConfig
 from undrift.train.data import Dataset, DataSource, Pixels
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels, Tabulated
@@ -11,7 +12,9 @@ from undrift.train.sources import Dequantised, Digits, Idx, ImageFolder, Npz, Ri
 from undrift.train.trainer import Fit, Trainer, TrainingDiverged
 
 __all__ = [
+    "Accuracy",
     "CheckpointError",
+    "Classification",
     "DataSource",
     "Dataset",
     "DefensiveMixture",
@@ -35,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",
+    "accuracy",
     "load",
     "notes",
     "save",

@@ -1,9 +1,9 @@
 r"""Models on disk: weights and the description from which the whole model is rebuilt.
 
 The description is that of :mod:`undrift.config`: {"denoiser": ...} for a denoiser, {"denoiser": ..., "process": ...}
-for a diffusion made of one, {"noise": {"process": ..., "network": ..., ...}} for a noise-predicting diffusion. Tensors
-named ``weights/...`` are the network's; a trainer's own file carries its state beside them. A learned process is part
-of the description, as it stands.
+for a diffusion made of one, {"noise": {"process": ..., "network": ..., ...}} for a noise-predicting diffusion,
+{"classifier": ...} for a classifier of noisy points. Tensors named ``weights/...`` are the network's; a trainer's own
+file carries its state beside them. A learned process is part of the description, as it stands.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from undrift.config import ConfigError, build, describe
 from undrift.container import CheckpointError, read_file, write_file
+from undrift.denoise.classifier import NetworkClassifier
 from undrift.denoise.network import NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.networks.base import Network
+from undrift.networks.classifier import ClassifierNetwork
 from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.process.linear import LinearProcess
 
 __all__ = ["Model", "describe_model", "load", "network_of", "notes", "parts_of", "save", "with_parts"]
 
-Model: TypeAlias = NetworkDenoiser | NoiseDiffusion | Diffusion | NonlinearDiffusion
+Model: TypeAlias = NetworkDenoiser | NetworkClassifier | NoiseDiffusion | Diffusion | NonlinearDiffusion
 """What can be trained, and but for a NonlinearDiffusion saved; a Diffusion's denoiser must be a NetworkDenoiser."""
 
 _NOISE = ("kernel", "factor", "mixed", "data_std")
@@ -39,11 +41,12 @@ def network_of(model: Model) -> nn.Module:
         TypeError: if the model has none.
     """
     inner = model.denoiser if isinstance(model, Diffusion) else model
-    known = (NetworkDenoiser, NoiseDiffusion, NonlinearDiffusion)
+    known = (NetworkDenoiser, NetworkClassifier, NoiseDiffusion, NonlinearDiffusion)
     if not isinstance(inner, known) or not isinstance(inner.network, nn.Module):
         raise TypeError(
             f"a {type(model).__name__}{f' of a {type(inner).__name__}' * (inner is not model)} holds no network to "
-            "train or save; give a NetworkDenoiser, a Diffusion of one, or a NoiseDiffusion of a torch.nn.Module."
+            "train or save; give a NetworkDenoiser, a Diffusion of one, a NetworkClassifier, or a NoiseDiffusion of a "
+            "torch.nn.Module."
         )
     return inner.network
 
@@ -73,6 +76,10 @@ def with_parts(model: Model, parts: nn.ModuleDict) -> Model:
     network = parts["network"]
     if isinstance(model, NetworkDenoiser):
         return NetworkDenoiser(cast(Network, network), model.sigma_data, model.sigma_min, model.sigma_max, model.space)
+    if isinstance(model, NetworkClassifier):
+        return NetworkClassifier(
+            cast(ClassifierNetwork, network), model.sigma_data, model.sigma_min, model.sigma_max, model.space
+        )
     if isinstance(model, NonlinearDiffusion):
         return dataclasses.replace(model, network=network)
     process = cast(LinearProcess, parts["process"]) if "process" in parts else model.process
@@ -101,6 +108,8 @@ def describe_model(model: Model) -> dict[str, Any]:
         }
     if isinstance(model, Diffusion):
         return {"denoiser": describe(model.denoiser, "denoiser"), "process": describe(model.process, "process")}
+    if isinstance(model, NetworkClassifier):
+        return {"classifier": describe(model, "classifier")}
     return {"denoiser": describe(model, "denoiser")}
 
 
@@ -110,6 +119,8 @@ def build_model(description: Mapping[str, Any]) -> Model:
         parts = dict(description["noise"])
         process = build(parts.pop("process"), LinearProcess, "noise.process")
         return NoiseDiffusion(process, build(parts.pop("network"), Network, "noise.network"), **parts)
+    if "classifier" in description:
+        return build(description["classifier"], NetworkClassifier, "classifier")
     denoiser = build(description["denoiser"], NetworkDenoiser, "denoiser")
     if "process" in description:
         return Diffusion(build(description["process"], LinearProcess, "process"), denoiser)
@@ -121,7 +132,7 @@ def save(path: str | Path, model: Model, notes: Mapping[str, Any] | None = None)
 
     Args:
         path: file to write, by custom ``*.safetensors``; its folder is made if missing.
-        model: a NetworkDenoiser, a Diffusion of one, or a NoiseDiffusion.
+        model: a NetworkDenoiser, a Diffusion of one, a NetworkClassifier, or a NoiseDiffusion.
         notes: plain data to keep beside it: the data set's name, the shape of an event, ...
     """
     write_model(path, model, notes or {}, {}, {})
@@ -150,8 +161,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         device: where the network goes.
 
     Returns:
-        What was saved: a NetworkDenoiser, a Diffusion or a NoiseDiffusion. A learned process comes back without
-        gradients; ``model.process.requires_grad_()`` lets it learn on.
+        What was saved: a NetworkDenoiser, a Diffusion, a NetworkClassifier or a NoiseDiffusion. A learned process comes
+        back without gradients; ``model.process.requires_grad_()`` lets it learn on.
 
     Raises:
         FileNotFoundError: if there is no such file.

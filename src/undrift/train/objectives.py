@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,13 @@ __all__ = ["Denoising", "EvidenceBound", "NoiseMatching", "Objective"]
 
 
 class Objective(ABC):
-    """Base of all objectives."""
+    """Base of all objectives.
+
+    Attributes:
+        drops_classes: whether the trainer may hide the class of a sample, for classifier-free guidance.
+    """
+
+    drops_classes: ClassVar[bool] = True
 
     @abstractmethod
     def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:

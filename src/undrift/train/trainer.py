@@ -75,8 +75,8 @@ class Trainer:
     :meth:`fit` resumes from what the folder holds.
 
     Args:
-        model: a NetworkDenoiser, a Diffusion of one, a NoiseDiffusion, or, without a folder, a NonlinearDiffusion; its
-            network, and a learned process, are trained in place.
+        model: a NetworkDenoiser, a Diffusion of one, a NetworkClassifier, a NoiseDiffusion, or, without a folder, a
+            NonlinearDiffusion; its network, and a learned process, are trained in place.
         objective: what is minimised.
         data: a data set, or the source of one.
         config: settings.
@@ -173,7 +173,8 @@ class Trainer:
         condition = {}
         if self._labels is not None:
             drop = torch.rand(len(index), generator=g, device=self.device) < self.config.class_dropout
-            condition["y"] = self._labels[index].masked_fill(drop, -1)
+            labels = self._labels[index]
+            condition["y"] = labels.masked_fill(drop, -1) if self.objective.drops_classes else labels
         per_sample, sigma = self.objective.loss(self.model, self._here.draw(index, g), g, **condition)
         loss = per_sample.mean()
         loss.backward()
