@@ -17,6 +17,7 @@ from undrift.sample.grid import (
 )
 from undrift.sample.particles import Particles
 from undrift.sample.plan import Plan, Sampler, TableSampler
+from undrift.sample.replace import Replace
 from undrift.sample.run import Trajectory, sample
 from undrift.sample.splitting import SSCS
 from undrift.sample.twisted import twisted
@@ -38,6 +39,7 @@ __all__ = [
     "ProbabilityFlow",
     "Published",
     "Quadratic",
+    "Replace",
     "Rho",
     "Sampler",
     "TableSampler",

@@ -11,9 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.process.linear import mix
 from undrift.sample.flow import ProbabilityFlow
+from undrift.sample.modal import modal_plan
 from undrift.sample.plan import Plan, Sampler, TableSampler
+from undrift.sample.replace import Hook, Steer
 
 __all__ = ["Trajectory", "run_plan", "sample"]
 
@@ -64,7 +67,7 @@ def _check(n: int, shape: Sequence[int], batch: int | None) -> None:
 
 @torch.no_grad()
 def sample(
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
     n: int,
     shape: Sequence[int],
     sampler: Sampler | Plan,
@@ -73,6 +76,7 @@ def sample(
     batch: int | None = None,
     trajectory: bool = False,
     progress: bool = False,
+    steer: Steer | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **condition: Any,
@@ -88,6 +92,7 @@ def sample(
         batch: samples walked at a time; None walks all at once. Noise is drawn batch by batch.
         trajectory: return every state of the walk as a :class:`Trajectory`.
         progress: show a progress bar over model calls.
+        steer: what changes states between steps, such as Replace; for samplers that are tables.
         dtype, device: of the state; the model may compute in its own dtype.
         condition: passed to the model; tensors whose first size is n are split along with the batch.
 
@@ -104,11 +109,20 @@ def sample(
     generator = _generator(seed, place)
     if not isinstance(sampler, (Plan, TableSampler, ProbabilityFlow)):
         raise ValueError(f"sample: sampler must be a sampler or a plan, got {type(sampler).__name__}.")
-    plan = sampler.plan(diffusion.process) if isinstance(sampler, TableSampler) else sampler
+    modal = isinstance(diffusion, ModalDiffusion)
+    if isinstance(diffusion, ModalDiffusion):
+        if not isinstance(sampler, TableSampler):
+            raise ValueError(f"sample: a ModalDiffusion is walked by a table, got {type(sampler).__name__}.")
+        plan: Plan | Sampler = modal_plan(diffusion, sampler, shape)
+    else:
+        plan = sampler.plan(diffusion.process) if isinstance(sampler, TableSampler) else sampler
     if isinstance(plan, Plan) and plan.process is not diffusion.process:
         raise ValueError(
             "sample: the plan was made for another process object; make it with sampler.plan(diffusion.process)."
         )
+    if steer is not None and not isinstance(plan, Plan):
+        raise ValueError(f"sample: steer needs a sampler with fixed steps, a table; got {type(plan).__name__}.")
+    hook = None if steer is None or not isinstance(plan, Plan) else steer.along(diffusion, plan, n, shape, generator)
     size = n if batch is None else batch
     calls = plan.calls if isinstance(plan, Plan) else None
     walks = []
@@ -127,7 +141,7 @@ def sample(
                 generator=generator
             )
             if isinstance(plan, Plan):
-                walks.append(run_plan(diffusion, plan, noise, generator, trajectory, bar, **part))
+                walks.append(run_plan(diffusion, plan, noise, generator, trajectory, bar, hook, first, **part))
             else:
                 z = mix(diffusion.process.prior(), diffusion.space.colour(noise))
                 walks.append(Trajectory(*plan.solve(diffusion, z, bar.update, **part)))
@@ -137,19 +151,23 @@ def sample(
 
 
 def run_plan(
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
     plan: Plan,
     noise: Tensor,
     generator: torch.Generator,
     trajectory: bool = False,
     bar: tqdm | None = None,
+    hook: Hook | None = None,
+    first: int = 0,
     **condition: Any,
 ) -> Trajectory:
     """Walk one batch: ``noise`` (batch, K, *event) is standard normal, coloured here and shaped by the plan's prior."""
     p = diffusion.predictions
-    predict = diffusion.predictor(plan.times)
+    predict = plan.predictor(diffusion)
     space = diffusion.space
-    z = mix(plan.prior, space.colour(noise))
+    z = _combine(plan.prior, [space.colour(noise)])
+    if hook is not None:
+        z = hook(z, 0, first)
     before = z
     history: list[Tensor] = []
     depth = plan.B.shape[1]
@@ -164,7 +182,7 @@ def run_plan(
         for j, h in enumerate(history):
             blocks.append(plan.B[i, j][:, :p])
             parts.append(h)
-        columns = plan.L[i].any(0)
+        columns = plan.L[i].flatten(1).any(0) if plan.L.ndim == 3 else plan.L[i].flatten(2).any(-1).any(0)
         if bool(columns.any()):
             root = plan.L[i][:, columns]
             blocks.append(root)
@@ -175,7 +193,9 @@ def run_plan(
                     )
                 )
             )
-        before, z = z, _combine(torch.cat(blocks, -1), parts)
+        before, z = z, _combine(torch.cat(blocks, 1), parts)
+        if hook is not None:
+            z = hook(z, i + 1, first)
         if trajectory and bool(torch.isfinite(plan.after[i])):
             kept.append(z)
         if bar is not None:
@@ -192,7 +212,12 @@ def run_plan(
 
 
 def _combine(coefficients: Tensor, parts: list[Tensor]) -> Tensor:
-    """The one contraction of a step: coefficients (K, C) times the parts, stacked along channels."""
+    """The one contraction of a step: coefficients (K, C), or (K, C, *grid), times the parts, stacked along channels."""
+    if coefficients.ndim > 2:
+        stacked = torch.cat(parts, 1)
+        own = stacked.ndim - coefficients.ndim  # axes of the event before the grid's
+        weights = coefficients.to(stacked).reshape(*coefficients.shape[:2], *[1] * own, *coefficients.shape[2:])
+        return torch.stack([(w * stacked).sum(1) for w in weights], 1)
     if coefficients.shape[0] == 1:
         out = parts[0] * float(coefficients[0, 0])
         for c, part in zip(coefficients[0, 1:].tolist(), parts[1:], strict=True):
