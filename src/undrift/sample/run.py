@@ -11,10 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
-from undrift.modal_diffusion import ModalDiffusion
 from undrift.process.linear import mix
 from undrift.sample.flow import ProbabilityFlow
-from undrift.sample.modal import modal_plan
 from undrift.sample.plan import Plan, Sampler, TableSampler
 from undrift.sample.replace import Hook, Steer
 
@@ -67,7 +65,7 @@ def _check(n: int, shape: Sequence[int], batch: int | None) -> None:
 
 @torch.no_grad()
 def sample(
-    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
+    diffusion: Diffusion | NoiseDiffusion,
     n: int,
     shape: Sequence[int],
     sampler: Sampler | Plan,
@@ -109,13 +107,7 @@ def sample(
     generator = _generator(seed, place)
     if not isinstance(sampler, (Plan, TableSampler, ProbabilityFlow)):
         raise ValueError(f"sample: sampler must be a sampler or a plan, got {type(sampler).__name__}.")
-    modal = isinstance(diffusion, ModalDiffusion)
-    if isinstance(diffusion, ModalDiffusion):
-        if not isinstance(sampler, TableSampler):
-            raise ValueError(f"sample: a ModalDiffusion is walked by a table, got {type(sampler).__name__}.")
-        plan: Plan | Sampler = modal_plan(diffusion, sampler, shape)
-    else:
-        plan = sampler.plan(diffusion.process) if isinstance(sampler, TableSampler) else sampler
+    plan = sampler.plan(diffusion.process) if isinstance(sampler, TableSampler) else sampler
     if isinstance(plan, Plan) and plan.process is not diffusion.process:
         raise ValueError(
             "sample: the plan was made for another process object; make it with sampler.plan(diffusion.process)."
@@ -151,7 +143,7 @@ def sample(
 
 
 def run_plan(
-    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
+    diffusion: Diffusion | NoiseDiffusion,
     plan: Plan,
     noise: Tensor,
     generator: torch.Generator,
@@ -163,9 +155,9 @@ def run_plan(
 ) -> Trajectory:
     """Walk one batch: ``noise`` (batch, K, *event) is standard normal, coloured here and shaped by the plan's prior."""
     p = diffusion.predictions
-    predict = plan.predictor(diffusion)
+    predict = diffusion.predictor(plan.times)
     space = diffusion.space
-    z = _combine(plan.prior, [space.colour(noise)])
+    z = mix(plan.prior, space.colour(noise))
     if hook is not None:
         z = hook(z, 0, first)
     before = z
@@ -182,7 +174,7 @@ def run_plan(
         for j, h in enumerate(history):
             blocks.append(plan.B[i, j][:, :p])
             parts.append(h)
-        columns = plan.L[i].flatten(1).any(0) if plan.L.ndim == 3 else plan.L[i].flatten(2).any(-1).any(0)
+        columns = plan.L[i].any(0)
         if bool(columns.any()):
             root = plan.L[i][:, columns]
             blocks.append(root)
@@ -193,7 +185,7 @@ def run_plan(
                     )
                 )
             )
-        before, z = z, _combine(torch.cat(blocks, 1), parts)
+        before, z = z, _combine(torch.cat(blocks, -1), parts)
         if hook is not None:
             z = hook(z, i + 1, first)
         if trajectory and bool(torch.isfinite(plan.after[i])):
@@ -212,12 +204,7 @@ def run_plan(
 
 
 def _combine(coefficients: Tensor, parts: list[Tensor]) -> Tensor:
-    """The one contraction of a step: coefficients (K, C), or (K, C, *grid), times the parts, stacked along channels."""
-    if coefficients.ndim > 2:
-        stacked = torch.cat(parts, 1)
-        own = stacked.ndim - coefficients.ndim  # axes of the event before the grid's
-        weights = coefficients.to(stacked).reshape(*coefficients.shape[:2], *[1] * own, *coefficients.shape[2:])
-        return torch.stack([(w * stacked).sum(1) for w in weights], 1)
+    """The one contraction of a step: coefficients (K, C) times the parts, stacked along channels."""
     if coefficients.shape[0] == 1:
         out = parts[0] * float(coefficients[0, 0])
         for c, part in zip(coefficients[0, 1:].tolist(), parts[1:], strict=True):
