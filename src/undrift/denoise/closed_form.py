@@ -24,6 +24,7 @@ from torch import Tensor
 
 from undrift._linalg import as_f64
 from undrift.denoise.base import Denoiser, per_sample
+from undrift.denoise.linear_gaussian import Conditioned, condition
 
 __all__ = ["GaussianDenoiser", "MixtureDenoiser"]
 
@@ -170,6 +171,18 @@ class _Modes(Denoiser):
             spread = (vectors[mode] @ spread.unsqueeze(-1)).squeeze(-1)
         return (means[mode] + spread).reshape(n, *self._event)
 
+    def _given(self, a: object, noise_cov: object, y: object) -> Conditioned:
+        """Each Gaussian given y, in float64 on the CPU; the log evidence is that of the mode and y together."""
+        log_weights, means, values, _, _, vectors = self._on(torch.device("cpu"))
+        spread = values.expand(values.shape[0], self._d).sqrt()
+        roots = torch.diag_embed(spread) if vectors is None else vectors * spread.unsqueeze(-2)
+        given = condition(means, roots, a, noise_cov, y)
+        return given._replace(log_evidence=given.log_evidence + log_weights)
+
+    def log_evidence(self, a: Tensor, noise_cov: Tensor | float, y: Tensor) -> float:
+        """log p(y) of y = A x0 + noise; see :meth:`posterior` for the arguments."""
+        return float(self._given(a, noise_cov, y).log_evidence.logsumexp(0))
+
 
 class GaussianDenoiser(_Modes):
     r"""Posterior mean of Gaussian data :math:`N(\mu, C)`: affine in the point.
@@ -203,6 +216,20 @@ class GaussianDenoiser(_Modes):
     def config(self) -> Mapping[str, Any]:
         """Constructor arguments."""
         return {"mean": self.mean, "cov": self.cov}
+
+    def posterior(self, a: Tensor, noise_cov: Tensor | float, y: Tensor) -> GaussianDenoiser:
+        """The law of the data given y = A x0 + noise, exact, also for singular covariances.
+
+        Args:
+            a: A, (m, d), of the flattened event.
+            noise_cov: of Gaussian noise: a variance, one per observed number (m,), or a covariance (m, m).
+            y: observed numbers, (m,).
+
+        Raises:
+            ValueError: if the shapes do not fit, or y has no density.
+        """
+        given = self._given(a, noise_cov, y)
+        return GaussianDenoiser(given.means.reshape(self.mean.shape), given.covs[0])
 
 
 class MixtureDenoiser(_Modes):
@@ -248,6 +275,21 @@ class MixtureDenoiser(_Modes):
     def config(self) -> Mapping[str, Any]:
         """Constructor arguments."""
         return {"weights": self.weights, "means": self.means, "covs": self.covs}
+
+    def posterior(self, a: Tensor, noise_cov: Tensor | float, y: Tensor) -> MixtureDenoiser:
+        """The law of the data given y = A x0 + noise, a mixture of as many modes, exact, also for singular covariances.
+
+        Args:
+            a: A, (m, d), of the flattened event.
+            noise_cov: of Gaussian noise: a variance, one per observed number (m,), or a covariance (m, m).
+            y: observed numbers, (m,).
+
+        Raises:
+            ValueError: if the shapes do not fit, or y has no density.
+        """
+        given = self._given(a, noise_cov, y)
+        weights = given.log_evidence.softmax(0).clamp(min=torch.finfo(torch.float64).tiny)  # modes that y rules out
+        return MixtureDenoiser(weights, given.means.reshape(self.means.shape), given.covs)
 
     @classmethod
     def ring(cls, modes: int = 8, radius: float = 1.3, std: float = 0.08) -> MixtureDenoiser:

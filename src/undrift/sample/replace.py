@@ -23,9 +23,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process.linear import mix
 from undrift.sample.plan import Plan
+from undrift.space import Space
 
 __all__ = ["Hook", "Replace", "Steer"]
 
@@ -37,15 +37,8 @@ would see at call i; at i = N, one past the last call, those that the walk ends 
 class Steer(Protocol):
     """What changes states between steps."""
 
-    def along(
-        self,
-        diffusion: Diffusion | NoiseDiffusion,
-        plan: Plan,
-        n: int,
-        shape: Sequence[int],
-        generator: torch.Generator,
-    ) -> Hook:
-        """The hook for n samples of an event shape, walked by a plan; raises ValueError where that cannot be."""
+    def along(self, space: Space, plan: Plan, n: int, shape: Sequence[int], generator: torch.Generator) -> Hook:
+        """The hook for n samples of an event shape, walked by a plan in a space; ValueError where that cannot be."""
         ...
 
 
@@ -73,15 +66,10 @@ class Replace:
         object.__setattr__(self, "mask", mask.bool())
         object.__setattr__(self, "values", values)
 
-    def along(
-        self,
-        diffusion: Diffusion | NoiseDiffusion,
-        plan: Plan,
-        n: int,
-        shape: Sequence[int],
-        generator: torch.Generator,
-    ) -> Hook:
+    def along(self, space: Space, plan: Plan, n: int, shape: Sequence[int], generator: torch.Generator) -> Hook:
         """See :class:`Steer`."""
+        if plan.L.ndim > 3:
+            raise ValueError("Replace: modes that have clocks of their own have no common kernel; guide them instead.")
         event = torch.Size(shape)
         each = self.values.ndim == len(event) + 1
         try:
@@ -99,7 +87,7 @@ class Replace:
                 return z  # a stage inside a step
             known = values[first : first + len(z)] if each else values.expand(len(z), *event)
             known = torch.where(mask, known, 0.0).to(z).unsqueeze(1)
-            noise = diffusion.space.colour(torch.empty_like(z).normal_(generator=generator))
+            noise = space.colour(torch.empty_like(z).normal_(generator=generator))
             drawn = mix(torch.cat([means[i].unsqueeze(-1), roots[i]], -1), torch.cat([known, noise], 1))
             return torch.where(mask.to(z.device), drawn, z)
 

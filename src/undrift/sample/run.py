@@ -112,9 +112,11 @@ def sample(
         raise ValueError(
             "sample: the plan was made for another process object; make it with sampler.plan(diffusion.process)."
         )
-    if steer is not None and not isinstance(plan, Plan):
-        raise ValueError(f"sample: steer needs a sampler with fixed steps, a table; got {type(plan).__name__}.")
-    hook = None if steer is None or not isinstance(plan, Plan) else steer.along(diffusion, plan, n, shape, generator)
+    hook: Hook | None = None
+    if steer is not None:
+        if not isinstance(plan, Plan):
+            raise ValueError(f"sample: steer needs a sampler with fixed steps, a table; got {type(plan).__name__}.")
+        hook = steer.along(diffusion.space, plan, n, shape, generator)
     size = n if batch is None else batch
     calls = plan.calls if isinstance(plan, Plan) else None
     walks = []
