@@ -112,7 +112,7 @@ class Darcy2d(Operator):
         """The pressure in all cells, same shape and dtype as u (..., n1, n2), differentiable in u.
 
         Raises:
-            ValueError: if e^u is 0 or infinite somewhere, or u is not a number.
+            ValueError: if the permeability of a face is 0 or infinite in float64, or u is not a number.
         """
         grid = u.shape[-2:]
         fields = u.double().reshape(-1, *grid)
@@ -122,7 +122,7 @@ class Darcy2d(Operator):
             if bool(bad.any()):
                 k = int(bad.nonzero()[0])
                 raise ValueError(
-                    f"Darcy2d: e^u must be positive and finite, but field {k} of {len(fields)} has u from "
+                    f"Darcy2d: permeabilities must be positive and finite, but field {k} of {len(fields)} has u from "
                     f"{float(fields[k].min()):.4g} to {float(fields[k].max()):.4g}; take smaller steps, "
                     "or a prior of smaller variance."
                 )

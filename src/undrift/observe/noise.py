@@ -87,11 +87,11 @@ class GaussianNoise(Noise):
         return torch.as_tensor(self.std, dtype=torch.float64).square()
 
     def _log_prob(self, y: Tensor, predicted: Tensor) -> Tensor:
-        std = torch.as_tensor(self.std).to(predicted)
+        std = _like(predicted, self.std)
         return _total(-0.5 * ((y - predicted) / std).square() - std.log() - 0.5 * math.log(2 * math.pi))
 
     def sample(self, predicted: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return predicted + torch.as_tensor(self.std).to(predicted) * _normal(predicted, generator)
+        return predicted + _like(predicted, self.std) * _normal(predicted, generator)
 
     def times(self, v: Tensor) -> Tensor:
         """The noise's covariance applied to v (..., *data)."""
@@ -169,13 +169,13 @@ class LaplaceNoise(Noise):
         _positive("LaplaceNoise", "scale", self.scale)
 
     def _log_prob(self, y: Tensor, predicted: Tensor) -> Tensor:
-        scale = torch.as_tensor(self.scale).to(predicted)
+        scale = _like(predicted, self.scale)
         return _total(-(y - predicted).abs() / scale - (2 * scale).log())
 
     def sample(self, predicted: Tensor, generator: torch.Generator | None = None) -> Tensor:
         empty = torch.empty(2, *predicted.shape, dtype=torch.float64, device=predicted.device)
         first, second = empty.exponential_(generator=generator)
-        return predicted + torch.as_tensor(self.scale).to(predicted) * (first - second).to(predicted)
+        return predicted + _like(predicted, self.scale) * (first - second).to(predicted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +198,7 @@ class StudentTNoise(Noise):
         _positive("StudentTNoise", "scale", self.scale)
 
     def _log_prob(self, y: Tensor, predicted: Tensor) -> Tensor:
-        scale = torch.as_tensor(self.scale).to(predicted)
+        scale = _like(predicted, self.scale)
         norm = math.lgamma((self.df + 1) / 2) - math.lgamma(self.df / 2) - 0.5 * math.log(self.df * math.pi)
         ratio = ((y - predicted) / scale).square() / self.df
         return _total(norm - scale.log() - (self.df + 1) / 2 * ratio.log1p())
@@ -208,7 +208,7 @@ class StudentTNoise(Noise):
         first, second = torch.rand(shape, generator=generator, dtype=torch.float64, device=predicted.device)
         radius = (self.df * torch.expm1(-2 / self.df * torch.log1p(-first))).sqrt()
         t = radius * torch.cos(2 * math.pi * second)
-        return predicted + torch.as_tensor(self.scale).to(predicted) * t.to(predicted)
+        return predicted + _like(predicted, self.scale) * t.to(predicted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +251,10 @@ def _positive(owner: str, name: str, value: float | Tensor) -> None:
             value if isinstance(value, (int, float)) else f"values from {float(given.min())} to {float(given.max())}"
         )
         raise ValueError(f"{owner}: {name} must be positive and finite, got {shown}.")
+
+
+def _like(predicted: Tensor, value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=predicted.dtype, device=predicted.device)
 
 
 def _total(terms: Tensor) -> Tensor:
