@@ -2,6 +2,7 @@
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.measure import elbo, log_likelihood
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.sample import sample
 from undrift.train import load, save
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Diffusion",
+    "ModalDiffusion",
     "NoiseDiffusion",
     "NonlinearDiffusion",
     "__version__",

@@ -75,6 +75,10 @@ class NetworkDenoiser(nn.Module):
             "space": self.space,
         }
 
+    def with_network(self, network: Network) -> NetworkDenoiser:
+        """The same denoiser around another network."""
+        return type(self)(**{**self.config, "network": network})
+
     def forward(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:
         """Estimated E[x0 | x0 + sigma n = x].
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class Plan:
     def calls(self) -> int:
         """Number of model calls, N."""
         return self.times.shape[0]
+
+    def predictor(self, diffusion: Any) -> Any:
+        """``predict(z, i, **condition)``: the diffusion's prediction of the start state at the i-th call."""
+        return diffusion.predictor(self.times)
 
     def __repr__(self) -> str:
         kind = "stochastic" if bool((self.L != 0).any()) else "deterministic"

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.process.linear import mix
 from undrift.sample.flow import ProbabilityFlow
+from undrift.sample.modal import modal_plan
 from undrift.sample.plan import Plan, Sampler, TableSampler
 from undrift.sample.replace import Hook, Steer
 
@@ -65,7 +67,7 @@ def _check(n: int, shape: Sequence[int], batch: int | None) -> None:
 
 @torch.no_grad()
 def sample(
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
     n: int,
     shape: Sequence[int],
     sampler: Sampler | Plan,
@@ -88,7 +90,7 @@ def sample(
         sampler: how to get back; or a plan made before.
         seed: integer or generator; the same seed, batch and device give the same samples. None draws a fresh one.
         batch: samples walked at a time; None walks all at once. Noise is drawn batch by batch.
-        trajectory: return every state of the walk as a :class:`Trajectory`.
+        trajectory: return every state of the walk as a :class:`Trajectory`; those of a ModalDiffusion are coefficients.
         progress: show a progress bar over model calls.
         steer: what changes states between steps, such as Replace; for samplers that are tables.
         dtype, device: of the state; the model may compute in its own dtype.
@@ -107,7 +109,12 @@ def sample(
     generator = _generator(seed, place)
     if not isinstance(sampler, (Plan, TableSampler, ProbabilityFlow)):
         raise ValueError(f"sample: sampler must be a sampler or a plan, got {type(sampler).__name__}.")
-    plan = sampler.plan(diffusion.process) if isinstance(sampler, TableSampler) else sampler
+    if isinstance(diffusion, ModalDiffusion):
+        if not isinstance(sampler, TableSampler) or steer is not None:
+            raise ValueError(f"sample: a ModalDiffusion is walked by a table, unsteered; got {type(sampler).__name__}.")
+        plan: Plan | ProbabilityFlow = modal_plan(diffusion, sampler, shape)
+    else:
+        plan = sampler.plan(diffusion.process) if isinstance(sampler, TableSampler) else sampler
     if isinstance(plan, Plan) and plan.process is not diffusion.process:
         raise ValueError(
             "sample: the plan was made for another process object; make it with sampler.plan(diffusion.process)."
@@ -141,11 +148,12 @@ def sample(
                 walks.append(Trajectory(*plan.solve(diffusion, z, bar.update, **part)))
     if trajectory:
         return Trajectory(walks[0].times, torch.cat([w.states for w in walks], 1), max(w.calls for w in walks))
-    return torch.cat([w.x for w in walks])
+    x = torch.cat([w.x for w in walks])
+    return diffusion.express(x) if isinstance(diffusion, ModalDiffusion) else x
 
 
 def run_plan(
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
     plan: Plan,
     noise: Tensor,
     generator: torch.Generator,
@@ -157,9 +165,9 @@ def run_plan(
 ) -> Trajectory:
     """Walk one batch: ``noise`` (batch, K, *event) is standard normal, coloured here and shaped by the plan's prior."""
     p = diffusion.predictions
-    predict = diffusion.predictor(plan.times)
+    predict = plan.predictor(diffusion)
     space = diffusion.space
-    z = mix(plan.prior, space.colour(noise))
+    z = _combine(plan.prior, [space.colour(noise)])
     if hook is not None:
         z = hook(z, 0, first)
     before = z
@@ -176,18 +184,18 @@ def run_plan(
         for j, h in enumerate(history):
             blocks.append(plan.B[i, j][:, :p])
             parts.append(h)
-        columns = plan.L[i].any(0)
+        columns = plan.L[i].flatten(1).any(0) if plan.L.ndim == 3 else plan.L[i].flatten(2).any(-1).any(0)
         if bool(columns.any()):
             root = plan.L[i][:, columns]
             blocks.append(root)
             parts.append(
                 space.colour(
-                    torch.empty(z.shape[0], root.shape[-1], *z.shape[2:], dtype=z.dtype, device=z.device).normal_(
+                    torch.empty(z.shape[0], root.shape[1], *z.shape[2:], dtype=z.dtype, device=z.device).normal_(
                         generator=generator
                     )
                 )
             )
-        before, z = z, _combine(torch.cat(blocks, -1), parts)
+        before, z = z, _combine(torch.cat(blocks, 1), parts)
         if hook is not None:
             z = hook(z, i + 1, first)
         if trajectory and bool(torch.isfinite(plan.after[i])):
@@ -206,7 +214,12 @@ def run_plan(
 
 
 def _combine(coefficients: Tensor, parts: list[Tensor]) -> Tensor:
-    """The one contraction of a step: coefficients (K, C) times the parts, stacked along channels."""
+    """The one contraction of a step: coefficients (K, C), or (K, C, *grid), times the parts, stacked along channels."""
+    if coefficients.ndim > 2:
+        stacked = torch.cat(parts, 1)
+        own = stacked.ndim - coefficients.ndim  # axes of the event before the grid's
+        weights = coefficients.to(stacked).reshape(*coefficients.shape[:2], *[1] * own, *coefficients.shape[2:])
+        return torch.stack([(w * stacked).sum(1) for w in weights], 1)
     if coefficients.shape[0] == 1:
         out = parts[0] * float(coefficients[0, 0])
         for c, part in zip(coefficients[0, 1:].tolist(), parts[1:], strict=True):

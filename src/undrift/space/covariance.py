@@ -250,7 +250,7 @@ def mellin_sum(basis: Basis, alpha: float, kappa: float, split: float = 1e-3) ->
         kappa: as in Matern; or 0.
         split: where the integral over s, by the trapezoidal rule in log s, hands over to the closed form at small s.
     """
-    from scipy.special import gammainc  # type: ignore[import-untyped]
+    from scipy.special import gammainc
 
     d, constant = basis.dims, float(float(basis.eigenvalues((1,) * basis.dims)) == 0 and kappa == 0)
     a, b = basis.small_heat_trace()

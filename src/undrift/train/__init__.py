@@ -4,11 +4,12 @@ from undrift.container import CheckpointError
 from undrift.train.checkpoint import load, notes, save
 from undrift.train.classifier import Accuracy, Classification, accuracy
 from undrift.train.config import TrainConfig
-from undrift.train.data import Dataset, DataSource, Pixels
+from undrift.train.data import Dataset, DataSource, Grids, Measured, Pixels
 from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseLevels, Tabulated
 from undrift.train.local import LocalScoreMatching
 from undrift.train.objectives import Denoising, EvidenceBound, NoiseMatching, Objective
-from undrift.train.sources import Dequantised, Digits, Idx, ImageFolder, Npz, Ring
+from undrift.train.sources import Dequantised, Digits, Idx, ImageFolder, Npz, Resampled, Ring, Simulated
+from undrift.train.spectral import SpectralDenoising
 from undrift.train.trainer import Fit, Trainer, TrainingDiverged
 
 __all__ = [
@@ -23,17 +24,22 @@ __all__ = [
     "Digits",
     "EvidenceBound",
     "Fit",
+    "Grids",
     "Idx",
     "ImageFolder",
     "LocalScoreMatching",
     "LogNormal",
     "LogUniform",
+    "Measured",
     "NoiseLevels",
     "NoiseMatching",
     "Npz",
     "Objective",
     "Pixels",
+    "Resampled",
     "Ring",
+    "SpectralDenoising",
+    "Simulated",
     "Tabulated",
     "TrainConfig",
     "Trainer",

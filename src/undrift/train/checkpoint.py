@@ -75,7 +75,7 @@ def with_parts(model: Model, parts: nn.ModuleDict) -> Model:
     """The same model around other parts of the same kind."""
     network = parts["network"]
     if isinstance(model, NetworkDenoiser):
-        return NetworkDenoiser(cast(Network, network), model.sigma_data, model.sigma_min, model.sigma_max, model.space)
+        return model.with_network(cast(Network, network))
     if isinstance(model, NetworkClassifier):
         return NetworkClassifier(
             cast(ClassifierNetwork, network), model.sigma_data, model.sigma_min, model.sigma_max, model.space
