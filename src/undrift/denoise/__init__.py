@@ -8,6 +8,7 @@ from undrift.denoise.base import Denoiser
 from undrift.denoise.classifier import BayesClassifier, Classifier, ClassifierPotential, NetworkClassifier
 from undrift.denoise.closed_form import GaussianDenoiser, MixtureDenoiser
 from undrift.denoise.empirical import EmpiricalDenoiser
+from undrift.denoise.fields import FieldGaussian, OnFunctions
 from undrift.denoise.free import ClassifierFree
 from undrift.denoise.guidance import Guided, Parts, Potential
 from undrift.denoise.known import Known
@@ -21,12 +22,14 @@ __all__ = [
     "ClassifierPotential",
     "Denoiser",
     "EmpiricalDenoiser",
+    "FieldGaussian",
     "GaussianDenoiser",
     "Guided",
     "Known",
     "MixtureDenoiser",
     "NetworkClassifier",
     "NetworkDenoiser",
+    "OnFunctions",
     "Parts",
     "PointEstimate",
     "Potential",

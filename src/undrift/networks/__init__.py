@@ -1,9 +1,11 @@
-"""Networks: maps of a point and a noise label, for vectors and for images. They know nothing of diffusions."""
+"""Networks: maps of a point and a noise label, for vectors, images and functions. They know nothing of diffusions."""
 
 from undrift.networks.base import FourierFeatures, Network
 from undrift.networks.classifier import ClassifierNetwork, ConvClassifier, MLPClassifier
 from undrift.networks.diffusers import DiffusersUNet
 from undrift.networks.mlp import MLP
+from undrift.networks.operators import NeuralOperator
+from undrift.networks.spectral import SpectralNet
 from undrift.networks.unet import UNet
 
 __all__ = [
@@ -14,5 +16,7 @@ __all__ = [
     "FourierFeatures",
     "MLPClassifier",
     "Network",
+    "NeuralOperator",
+    "SpectralNet",
     "UNet",
 ]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FourierFeatures", "Network"]
+__all__ = ["FourierFeatures", "Network", "batched"]
 
 
 class Network(nn.Module, ABC):
@@ -64,3 +64,25 @@ class FourierFeatures(nn.Module):
         """Scalars (batch,) to features (batch, features)."""
         angle = label.unsqueeze(-1) * self.frequencies.to(label)
         return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def batched(observed: Tensor, batch: int, expected: Sequence[int | None], owner: str) -> Tensor:
+    """What was observed, one for each of the batch: (batch, *expected) from that or from one for all.
+
+    Args:
+        observed: (*expected), (1, *expected) or (batch, *expected).
+        expected: sizes, None where any will do.
+
+    Raises:
+        ValueError: for other shapes.
+    """
+    shape = tuple(observed.shape)
+    lead, tail = shape[: len(shape) - len(expected)], shape[len(shape) - len(expected) :]
+    fits = len(shape) >= len(expected) and all(e in (None, n) for e, n in zip(expected, tail, strict=True))
+    if not fits or lead not in ((), (1,), (batch,)):
+        wanted = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(
+            f"{owner}: observed must have the shape ({batch}, {wanted}), one for each sample, or ({wanted}) for all, "
+            f"got {shape}."
+        )
+    return observed.expand(batch, *tail)

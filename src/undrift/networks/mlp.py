@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undrift.networks.base import FourierFeatures, Network
+from undrift.networks.base import FourierFeatures, Network, batched
 
 __all__ = ["MLP"]
 
@@ -38,27 +39,38 @@ class MLP(Network):
         width: hidden width.
         depth: residual blocks.
         frequencies: Fourier features of the noise label, even.
+        condition_features: numbers of a vector ``observed`` (batch, condition_features) that the network is told; or 0.
     """
 
-    def __init__(self, features: int, width: int = 256, depth: int = 4, frequencies: int = 32) -> None:
+    def __init__(
+        self, features: int, width: int = 256, depth: int = 4, frequencies: int = 32, condition_features: int = 0
+    ) -> None:
         super().__init__()
         for name, value in (("features", features), ("width", width), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"MLP: {name} must be at least 1, got {value}.")
-        self.config = {"features": features, "width": width, "depth": depth, "frequencies": frequencies}
-        self.features = features
+        if condition_features < 0:
+            raise ValueError(f"MLP: condition_features must be 0 or more, got {condition_features}.")
+        self.config = {
+            "features": features,
+            "width": width,
+            "depth": depth,
+            "frequencies": frequencies,
+            "condition_features": condition_features,
+        }
+        self.features, self.condition_features = features, condition_features
         self.embed = nn.Sequential(FourierFeatures(frequencies), nn.Linear(frequencies, width), nn.SiLU())
-        self.inward = nn.Linear(features, width)
+        self.inward = nn.Linear(features + condition_features, width)
         self.blocks = nn.ModuleList(_Residual(width, width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.outward = nn.Linear(width, features)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
 
-    def forward(self, x: Tensor, label: Tensor, **condition: Any) -> Tensor:
-        """x (batch, *event) with ``features`` numbers in an event, label (batch,); returns x's shape."""
+    def forward(self, x: Tensor, label: Tensor, observed: Tensor | None = None, **condition: Any) -> Tensor:
+        """x (batch, *event) with ``features`` numbers in an event, label (batch,), observed; returns x's shape."""
         if condition:
-            raise TypeError(f"MLP takes no condition, got {', '.join(condition)}.")
+            raise TypeError(f"MLP takes observed as its only condition, got {', '.join(condition)}.")
         flat = x.reshape(x.shape[0], -1)
         if flat.shape[1] != self.features:
             raise ValueError(
@@ -66,6 +78,14 @@ class MLP(Network):
                 f"{flat.shape[1]}; build the network with features = K times the size of a data point."
             )
         e = self.embed(label)
+        if (observed is None) != (self.condition_features == 0):
+            raise TypeError(
+                "MLP: observed must be given exactly where condition_features is not 0; it is "
+                f"{self.condition_features}."
+            )
+        if observed is not None:
+            data = batched(observed, x.shape[0], (self.condition_features,), "MLP")
+            flat = torch.cat([flat, data.to(flat)], 1)
         h = self.inward(flat)
         for block in self.blocks:
             h = block(h, e)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undrift.networks.base import FourierFeatures, Network
+from undrift.networks.base import FourierFeatures, Network, batched
 
 __all__ = ["UNet"]
 
@@ -79,6 +79,7 @@ class UNet(Network):
         dropout: dropout inside the blocks.
         classes: number of classes for conditioning by ``y`` (batch,), or None. Class -1, or no ``y``, is "no class":
             train it by dropping labels, and classifier-free guidance works.
+        condition_channels: channels of an image ``observed`` (batch, condition_channels, H, W) given beside x; or 0.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class UNet(Network):
         attention: bool = True,
         dropout: float = 0.0,
         classes: int | None = None,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("size", size), ("blocks", blocks), ("classes", classes or 1)):
@@ -108,6 +110,8 @@ class UNet(Network):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"UNet: dropout must lie in [0, 1), got {dropout}.")
+        if condition_channels < 0:
+            raise ValueError(f"UNet: condition_channels must be 0 or more, got {condition_channels}.")
         self.config = {
             "channels": channels,
             "size": size,
@@ -117,7 +121,9 @@ class UNet(Network):
             "attention": attention,
             "dropout": dropout,
             "classes": classes,
+            "condition_channels": condition_channels,
         }
+        self.condition_channels = condition_channels
         self.channels, self.size, self.classes, self.blocks = channels, size, classes, blocks
         embedding = 4 * width
         self.embed = nn.Sequential(FourierFeatures(width), nn.Linear(width, embedding), nn.SiLU())
@@ -125,7 +131,7 @@ class UNet(Network):
         self.class_embed = None if classes is None else nn.Embedding(classes + 1, embedding)
 
         widths = [width * m for m in multipliers]
-        self.inward = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.inward = nn.Conv2d(channels + condition_channels, widths[0], 3, padding=1)
         self.down, self.up, self.merge = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         skips, c = [widths[0]], widths[0]
         for level in [w for w in widths for _ in range(blocks)]:
@@ -142,10 +148,12 @@ class UNet(Network):
         self.outward = _zero(nn.Conv2d(c, channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on a CPU, or more
 
-    def forward(self, x: Tensor, label: Tensor, y: Tensor | None = None, **condition: Any) -> Tensor:
-        """x (batch, *leading, H, W), label (batch,), classes y (batch,) or None; returns x's shape."""
+    def forward(
+        self, x: Tensor, label: Tensor, y: Tensor | None = None, observed: Tensor | None = None, **condition: Any
+    ) -> Tensor:
+        """x (batch, *leading, H, W), label (batch,), classes y (batch,), an image observed; returns x's shape."""
         if condition:
-            raise TypeError(f"UNet takes y as its only condition, got {', '.join(condition)}.")
+            raise TypeError(f"UNet takes y and observed as conditions, got {', '.join(condition)}.")
         image = x.flatten(1, -3) if x.ndim > 3 else x
         if image.ndim != 4 or image.shape[1] != self.channels or image.shape[-2:] != (self.size, self.size):
             raise ValueError(
@@ -159,6 +167,14 @@ class UNet(Network):
         elif y is not None:
             raise TypeError("UNet: got classes y, but it was built with classes=None.")
         e = self.mix(e)
+        if (observed is None) != (self.condition_channels == 0):
+            raise TypeError(
+                "UNet: observed must be given exactly where condition_channels is not 0; it is "
+                f"{self.condition_channels}."
+            )
+        if observed is not None:
+            expected = (self.condition_channels, self.size, self.size)
+            image = torch.cat([image, batched(observed, x.shape[0], expected, "UNet").to(image)], 1)
         h = self.inward(image.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for i, block in enumerate(self.down):

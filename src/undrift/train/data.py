@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from undrift.observe import Noise, Operator
 from undrift.pixels import PixelTransform, dequantise
+from undrift.space import Basis
 
-__all__ = ["DataSource", "Dataset", "Pixels"]
+__all__ = ["DataSource", "Dataset", "Grids", "Measured", "Pixels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,51 @@ class Pixels:
 
 
 @dataclass(frozen=True, eq=False)
+class Measured:
+    """Observations that are made afresh whenever a point is drawn: with new noise at every step of training.
+
+    Args:
+        operator: what an experiment sees of a point.
+        noise: law of the data around that.
+    """
+
+    operator: Operator
+    noise: Noise
+
+    def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Data (batch, *data) of points x (batch, *event)."""
+        with torch.no_grad():
+            return self.noise.sample(self.operator(x), generator)
+
+
+@dataclass(frozen=True, eq=False)
+class Grids:
+    """Fields that are drawn on one of several grids, another for each batch.
+
+    Args:
+        basis: in which they are resampled; modes that a coarser grid has not are left out, a finer one adds none.
+        grids: the grids, equally often; one number a grid in one dimension.
+
+    Raises:
+        ValueError: if there are none, or they are not of the basis's dimension.
+    """
+
+    basis: Basis
+    grids: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        grids = tuple(tuple(int(n) for n in ([g] if isinstance(g, int) else g)) for g in self.grids)
+        if not grids or any(len(g) != self.basis.dims or min(g) < 1 for g in grids):
+            raise ValueError(f"Grids: needs grids of {self.basis.dims} positive sizes each, got {self.grids}.")
+        object.__setattr__(self, "grids", grids)
+
+    def draw(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """The fields x (batch, *channels, *grid) on a grid of this batch."""
+        place = torch.randint(len(self.grids), (), generator=generator, device=generator.device)
+        return self.basis.resample(x, self.grids[int(place)])
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Training points in memory.
 
@@ -50,9 +97,12 @@ class Dataset:
         low, high: values that stand for black and white; used by :meth:`to_uint8` only.
         pixels: whole numbers (N, *event) that the points are dequantised from, afresh whenever they are drawn; ``x``
             then shows the centres of their bins.
+        observed: what is seen of each point, for models of x given data: (N, *data), or :class:`Measured` for data that
+            are simulated at every draw; None without.
+        grids: the grids on which fields are drawn, if not their own.
 
     Raises:
-        ValueError: for an empty set, for values that are not finite, or for labels that do not fit.
+        ValueError: for an empty set, for values that are not finite, or for labels or observations that do not fit.
     """
 
     name: str
@@ -61,6 +111,8 @@ class Dataset:
     low: float = -1.0
     high: float = 1.0
     pixels: Pixels | None = None
+    observed: Tensor | Measured | None = None
+    grids: Grids | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim < 1 or self.x.shape[0] == 0 or not self.x.is_floating_point():
@@ -82,6 +134,14 @@ class Dataset:
                 )
             if int(self.labels.min()) < 0:
                 raise ValueError(f"{self.name}: labels must not be negative, got {int(self.labels.min())}.")
+        if isinstance(self.observed, Tensor):
+            if self.observed.shape[:1] != self.x.shape[:1] or not self.observed.is_floating_point():
+                raise ValueError(
+                    f"{self.name}: observed must be floating ({self.x.shape[0]}, *data), one for each point, got "
+                    f"{self.observed.dtype} {tuple(self.observed.shape)}."
+                )
+            if not bool(self.observed.isfinite().all()):
+                raise ValueError(f"{self.name}: observed must be finite; leave out points whose data are missing.")
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -105,11 +165,20 @@ class Dataset:
         """The same data on a device."""
         pixels = self.pixels and dataclasses.replace(self.pixels, values=self.pixels.values.to(device))
         labels = None if self.labels is None else self.labels.to(device)
-        return dataclasses.replace(self, x=self.x.to(device), labels=labels, pixels=pixels)
+        observed = self.observed.to(device) if isinstance(self.observed, Tensor) else self.observed
+        return dataclasses.replace(self, x=self.x.to(device), labels=labels, pixels=pixels, observed=observed)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Points (len(index), *event) as training sees them: with fresh dequantisation noise if they are pixels."""
-        return self.x[index] if self.pixels is None else self.pixels.draw(index, generator)[0].to(self.x)
+        """Points (len(index), *event) as training sees them: with fresh dequantisation noise if they are pixels, and
+        on a grid of the batch's own if there are several."""
+        x = self.x[index] if self.pixels is None else self.pixels.draw(index, generator)[0].to(self.x)
+        return x if self.grids is None else self.grids.draw(x, generator)
+
+    def observe(self, index: Tensor, x: Tensor, generator: torch.Generator) -> Tensor | None:
+        """What is seen of the points x that :meth:`draw` gave for these indices, (len(index), *data), or None."""
+        if isinstance(self.observed, Measured):
+            return self.observed.draw(x, generator)
+        return None if self.observed is None else self.observed[index]
 
     def to_uint8(self, x: Tensor) -> Tensor:
         """Points of this set's range as bytes, 0 for ``low`` and 255 for ``high``; values outside are clipped."""

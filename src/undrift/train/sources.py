@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import zipfile
 import zlib
@@ -12,10 +13,12 @@ from typing import Literal
 import numpy as np
 import torch
 
+from undrift.observe import GaussianNoise, Identity, Noise, Operator
 from undrift.pixels import PixelTransform, dequantise
-from undrift.train.data import Dataset, DataSource, Pixels
+from undrift.space import Basis, Cosine
+from undrift.train.data import Dataset, DataSource, Grids, Measured, Pixels
 
-__all__ = ["Dequantised", "Digits", "Idx", "ImageFolder", "Npz", "Ring"]
+__all__ = ["Dequantised", "Digits", "Idx", "ImageFolder", "Npz", "Resampled", "Ring", "Simulated"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -101,6 +104,8 @@ class Npz(DataSource):
         labels: name of the array of classes, or None.
         low, high: values that become -1 and 1; None leaves the values as they are, except that bytes are 0 to 255.
         layout: "as is", or for images "NHW" (grey) or "NHWC", which become (N, C, H, W).
+        observed: name of an array of data (N, ...), one for each point, for models of points given data; or None. It is
+            left as it is.
     """
 
     path: str
@@ -109,6 +114,7 @@ class Npz(DataSource):
     low: float | None = None
     high: float | None = None
     layout: Literal["as is", "NHW", "NHWC"] = "as is"
+    observed: str | None = None
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
@@ -122,12 +128,13 @@ class Npz(DataSource):
             with np.load(place, allow_pickle=False) as file:
                 if not isinstance(file, np.lib.npyio.NpzFile):
                     raise ValueError(f"Npz: {place} holds one bare array; save it with numpy.savez.")
-                for key in [self.key] + ([] if self.labels is None else [self.labels]):
+                for key in filter(None, (self.key, self.labels, self.observed)):
                     if key not in file.files:
                         raise ValueError(
                             f"Npz: {place} has no array {key!r}; it holds {', '.join(file.files) or 'none'}."
                         )
                 data, labels = file[self.key], None if self.labels is None else file[self.labels]
+                seen = None if self.observed is None else file[self.observed]
         except (zipfile.BadZipFile, EOFError, OSError) as error:
             raise ValueError(f"Npz: {place} is not a readable npz file ({error}).") from error
         except ValueError as error:
@@ -136,6 +143,8 @@ class Npz(DataSource):
             raise
         if data.dtype.kind not in "fiub":
             raise ValueError(f"Npz: array {self.key!r} of {place} must hold numbers, got {data.dtype}.")
+        if seen is not None and seen.dtype.kind not in "fiub":
+            raise ValueError(f"Npz: array {self.observed!r} of {place} must hold numbers, got {seen.dtype}.")
         ndim = {"NHW": 3, "NHWC": 4}.get(self.layout, data.ndim)
         if data.ndim != ndim:
             raise ValueError(
@@ -147,7 +156,8 @@ class Npz(DataSource):
             x = (x - low) * (2 / (high - low)) - 1
         x = x.unsqueeze(1) if self.layout == "NHW" else x.movedim(-1, 1) if self.layout == "NHWC" else x
         y = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-        return Dataset(place.stem, x.contiguous(), y)
+        given = None if seen is None else torch.from_numpy(seen.astype(np.float32))
+        return Dataset(place.stem, x.contiguous(), y, observed=given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,3 +288,47 @@ class Dequantised(DataSource):
         low, high = low_high.flatten().tolist()
         name = f"{base.name}, dequantised ({self.transform})"
         return Dataset(name, centre.float(), base.labels, low, high, pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class Simulated(DataSource):
+    """Another source's points with observations of them, simulated with fresh noise at every step of training.
+
+    Args:
+        source: the points; the operator sees them as they are trained on.
+        operator: what an experiment sees.
+        noise: law of the data around that.
+    """
+
+    source: DataSource
+    operator: Operator = field(default_factory=Identity)
+    noise: Noise = field(default_factory=lambda: GaussianNoise(0.1))
+
+    def load(self) -> Dataset:
+        base = self.source.load()
+        measured = Measured(self.operator, self.noise)
+        measured.draw(base.x[:1], torch.Generator().manual_seed(0))  # what does not fit must fail before training
+        return dataclasses.replace(base, name=f"{base.name}, observed", observed=measured)
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled(DataSource):
+    """Another source's fields on other grids, by way of a basis; of several grids, every step of training draws one.
+
+    Args:
+        source: fields (N, *grid), or (N, C, *grid).
+        basis: Cosine, Sine or Fourier, of the domain's dimension.
+        grids: the grids.
+    """
+
+    source: DataSource
+    grids: tuple[tuple[int, ...], ...]
+    basis: Basis = field(default_factory=Cosine)
+
+    def load(self) -> Dataset:
+        base, grids = self.source.load(), Grids(self.basis, self.grids)
+        if base.pixels is not None:
+            raise ValueError(f"Resampled: {base.name} holds pixels with fresh dequantisation noise, not functions.")
+        if len(grids.grids) == 1:
+            return dataclasses.replace(base, x=self.basis.resample(base.x, grids.grids[0]))
+        return dataclasses.replace(base, grids=grids)

@@ -113,6 +113,12 @@ class Trainer:
             raise ValueError(
                 f"Trainer: the network takes {classes} classes, but {self.data.name} has {self.data.classes or 'none'}."
             )
+        told = any(getattr(self.network, f"condition_{kind}", 0) for kind in ("channels", "features"))
+        if told and self.data.observed is None:
+            raise ValueError(
+                f"Trainer: the network is conditioned on what was observed, but {self.data.name} has no observations; "
+                "give its Dataset observed=, or wrap its source in Simulated."
+            )
         self.notes = {"data": self.data.name, "event": list(self.data.event), **(notes or {})}
         self.description: dict[str, Any] = {}
         if self.folder is not None:  # what cannot be described must fail now, not at the first checkpoint
@@ -175,7 +181,11 @@ class Trainer:
             drop = torch.rand(len(index), generator=g, device=self.device) < self.config.class_dropout
             labels = self._labels[index]
             condition["y"] = labels.masked_fill(drop, -1) if self.objective.drops_classes else labels
-        per_sample, sigma = self.objective.loss(self.model, self._here.draw(index, g), g, **condition)
+        x = self._here.draw(index, g)
+        observed = self._here.observe(index, x, g)
+        if observed is not None:
+            condition["observed"] = observed
+        per_sample, sigma = self.objective.loss(self.model, x, g, **condition)
         loss = per_sample.mean()
         loss.backward()
         row = self._window[self.step % self.config.log_every]
