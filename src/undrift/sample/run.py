@@ -143,7 +143,7 @@ def sample(
             )
             if isinstance(plan, Plan):
                 walks.append(run_plan(diffusion, plan, noise, generator, trajectory, bar, hook, first, **part))
-            else:
+            elif not isinstance(diffusion, ModalDiffusion):
                 z = mix(diffusion.process.prior(), diffusion.space.colour(noise))
                 walks.append(Trajectory(*plan.solve(diffusion, z, bar.update, **part)))
     if trajectory:
