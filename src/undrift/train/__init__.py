@@ -9,6 +9,7 @@ from undrift.train.levels import DefensiveMixture, LogNormal, LogUniform, NoiseL
 from undrift.train.local import LocalScoreMatching
 from undrift.train.objectives import Denoising, EvidenceBound, NoiseMatching, Objective
 from undrift.train.sources import Dequantised, Digits, Idx, ImageFolder, Npz, Resampled, Ring, Simulated
+from undrift.train.spectral import SpectralDenoising
 from undrift.train.trainer import Fit, Trainer, TrainingDiverged
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Resampled",
     "Ring",
     "Simulated",
+    "SpectralDenoising",
     "Tabulated",
     "TrainConfig",
     "Trainer",
