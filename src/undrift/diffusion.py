@@ -82,7 +82,7 @@ class Diffusion:
         return self.denoiser(x, sigma.to(x), **condition)
 
     def score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
-        """grad log p_t(z), same shape as z (batch, K, *event); on functions the gradient for the inner product of L^2."""
+        """grad log p_t(z), same shape as z (batch, K, *event); on functions, for the inner product of L^2."""
         return self.space.precision(self.preconditioned_score(z, t, **condition))
 
     def preconditioned_score(self, z: Tensor, t: object, **condition: Any) -> Tensor:
