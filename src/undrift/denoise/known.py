@@ -5,8 +5,10 @@ as :class:`~undrift.sample.Ancestral`, then walks the known part of every channe
 it arrives at: there is no replacing afterwards, and no time to get wrong.
 
 What it does not know: the unknown part is predicted from the *noisy* known part, as in every replacement method, where
-the data themselves are at hand. It is exact where known and unknown are independent, and tends to be right as sigma
-falls; for the exact posterior use a potential, or twisted sampling.
+the data themselves are at hand. It is exact where known and unknown are independent. Where they are not it stays biased
+however fine the steps: for two coordinates of variance 1 and correlation 0.9, the first known to be 1.5, the second has
+mean 1.35 and variance 0.19, and 400 ancestral steps of VP give 0.93 and 0.35. For the posterior use a potential, or
+twisted sampling.
 """
 
 from __future__ import annotations
@@ -73,4 +75,6 @@ class Known(Denoiser):
                 f"Known: mask {tuple(mask.shape)} and values {tuple(values.shape)} must broadcast to the points, "
                 f"{tuple(x.shape)}; values one per sample go by known= where sample() walks in batches."
             ) from None
+        if known is not None:
+            self._check(values)
         return torch.where(mask, values, self.denoiser(x, per_sample(sigma, x).flatten(), **condition))
