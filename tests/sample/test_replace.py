@@ -77,7 +77,7 @@ def test_steps_with_stages_are_replaced_once_a_step_at_the_time_of_the_next_call
 
 
 def test_the_unknown_part_leans_towards_what_is_known():
-    """Between the prior's mean and the posterior's: right where parts are independent, in between where they are not."""
+    """Between the prior's mean and the posterior's: in between where parts depend."""
     free = -0.1
     exact = free + 0.6 * (1.5 - 0.2)
     x = sample(Diffusion(VP(), DATA), N, (2,), Ancestral(40), seed=3, steer=Replace(MASK, VALUES), dtype=torch.float64)
