@@ -38,7 +38,7 @@ from undrift.process import CLD, PSLD, VP
 from undrift.sample import Ancestral, Replace, twisted
 
 DRAWS = 4096
-MANY = 32768
+MANY = 16384
 POTENTIALS = {"point": PointEstimate, "pseudo-inverse": PseudoInverse, "moments": TweedieMoments}
 PROCESSES: dict[str, Callable[[], Any]] = {"VP": VP, "CLD": CLD, "PSLD": PSLD}
 
@@ -126,7 +126,7 @@ def results(task: Task, name: str, seed: int, calls: int, particles: list[int], 
 
         def guided(potential: Any = potential) -> Drawn:
             steered = Diffusion(process, Guided(problem.prior, potential))
-            return sample(steered, DRAWS, (task.d,), plan, seed, dtype=f64), None, {}
+            return sample(steered, DRAWS, (task.d,), plan, seed, batch=1024, dtype=f64), None, {}
 
         yield from row(f"guidance, {label}", DRAWS, guided)
     if task.mask:
@@ -144,7 +144,9 @@ def results(task: Task, name: str, seed: int, calls: int, particles: list[int], 
         for label, potential in {"bootstrap": None, **({} if n == MANY else potentials)}.items():
 
             def weighted(n: int = n, potential: Any = potential) -> Drawn:
-                out = twisted(diffusion, problem.observation, potential, n, (task.d,), plan, seed, dtype=f64)
+                out = twisted(
+                    diffusion, problem.observation, potential, n, (task.d,), plan, seed, batch=2048, dtype=f64
+                )
                 extra = {
                     "log_p_error": out.log_evidence - problem.log_p,
                     "ess": out.ess,

@@ -14,7 +14,8 @@ from undrift.denoise import GaussianDenoiser
 from undrift.observe import GaussianNoise, Matrix, Observation
 from undrift.process import CLD, PSLD, VE, VP
 from undrift.sample import SSCS, Ancestral, EulerMaruyama, Exponential, Heun, ProbabilityFlow, Quadratic, Uniform
-from undrift.sample.twisted import _roots, _shifts, twisted
+from undrift.sample.shift import lower_roots, shifts
+from undrift.sample.twisted import twisted
 from undrift.space import Cosine, FunctionSpace, Matern
 
 MEAN, VARIANCE, NOISE, Y = 0.3, 0.5, 0.4, 1.1
@@ -125,13 +126,13 @@ def test_the_posterior_is_that_of_the_samplers_own_law():
 def test_the_shift_of_the_noise_moves_the_mean_as_the_prediction_does(name):
     process, sampler = PLANS[name]
     plan = sampler.plan(process)
-    roots = _roots(plan)
+    roots = lower_roots(plan)
     assert torch.allclose(roots @ roots.mT, plan.L @ plan.L.mT, rtol=1e-12, atol=0)
     noisy = plan.L.flatten(1).any(1)
-    moved = (_shifts(plan, roots).unsqueeze(-2) @ roots.mT.unsqueeze(1)).squeeze(-2)
+    moved = (shifts(plan, roots).unsqueeze(-2) @ roots.mT.unsqueeze(1)).squeeze(-2)
     expected = plan.B[..., 0]
     assert torch.allclose(moved[noisy], expected[noisy], rtol=1e-9, atol=1e-14)
-    assert not bool(_shifts(plan, roots)[~noisy].any())
+    assert not bool(shifts(plan, roots)[~noisy].any())
 
 
 def test_without_guidance_and_resampling_it_is_the_samplers_own_walk():

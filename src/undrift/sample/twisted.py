@@ -16,9 +16,12 @@ and so the mean of a step by :math:`\sum_j B_{ij} \delta_{i-j}`. Where that lies
 with any positive twisting functions g but for the last, which is the likelihood p(y | x0) of the sample itself. The
 average weight is then an unbiased estimate of :math:`p(y) = E[p(y | x_0)]`, and the weighted particles tend to
 :math:`p(x_0)\,p(y | x_0) / p(y)`, with p(x0) the law of the sampler's output, for every plan, potential and strength.
-How many particles it takes is what these decide: with :math:`g = p_\sigma(y | \tilde x)` exactly, and a guidance by its
-gradient, weights hardly vary. What is guided and what is not is told apart step by step, along each particle's own
-path, with the memory of multistep methods. Rows that draw no noise (stages, the last prediction) are not guided.
+How many particles it takes is what these decide: with :math:`g = p_\sigma(y | \tilde x)` exactly, guidance by its
+gradient and short steps, weights hardly vary; over long steps, or with a potential that forgets how uncertain a
+prediction is, guidance moves a state by many deviations of the noise, and a few particles carry all weight.
+
+What is guided and what is not is told apart step by step, along each particle's own path, with the memory of multistep
+methods. Rows that draw no noise (stages, the last prediction) are not guided.
 
 On a function space :math:`\xi_i` are the unit normals behind the noise, so nothing changes but how u is measured.
 
@@ -37,7 +40,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from undrift._linalg import sqrt_sum
 from undrift._weights import ancestors, effective_sample_size, log_mean_exp
 from undrift.denoise.guidance import Guided, Parts, Potential
 from undrift.diffusion import Diffusion
@@ -45,6 +47,7 @@ from undrift.process.linear import mix
 from undrift.sample.particles import Particles
 from undrift.sample.plan import Plan, TableSampler
 from undrift.sample.run import _combine, _generator
+from undrift.sample.shift import lower_roots, shifts
 from undrift.space import FunctionSpace
 
 __all__ = ["Likelihood", "twisted"]
@@ -84,7 +87,8 @@ def twisted(
         likelihood: an observation, which sees fields, or any callable from samples (batch, *event), as ``sample``
             returns them, to log p(y | x0) (batch,).
         potential: twisting function and guidance, see :class:`undrift.denoise.guidance.Potential`; positive where the
-            likelihood is. None for plain importance sampling of the prior's draws.
+            likelihood is. TweedieMoments and PseudoInverse know how uncertain a prediction is; PointEstimate does not,
+            and needs many more particles. None for plain importance sampling of the prior's draws.
         particles: of each run.
         shape: event shape of one sample.
         sampler: a table that draws noise, such as Ancestral, EulerMaruyama, SSCS, Exponential(stochasticity=1); or a
@@ -155,40 +159,6 @@ def _plan(diffusion: Diffusion, sampler: TableSampler | Plan) -> Plan:
     return plan
 
 
-def _roots(plan: Plan) -> Tensor:
-    """Lower roots (N, K, K) of the plan's noise: its own where they are lower already."""
-    return torch.stack([sqrt_sum(root) if bool(root.triu(1).any()) else root for root in plan.L])
-
-
-def _shifts(plan: Plan, roots: Tensor) -> Tensor:
-    r"""U (N, J, K) with :math:`L_i U_{ij} = B_{ij} e_0`: the noise that moves a step as a change of prediction does.
-
-    Zero in rows that draw no noise. Roots are graded over many orders of magnitude, so U is found by substitution,
-    which keeps small entries, and not by a pseudo-inverse.
-
-    Raises:
-        ValueError: if a row draws noise that cannot make the move.
-    """
-    noisy = roots.flatten(1).any(1)
-    target = plan.B[..., 0].mT  # (N, K, J)
-    found, missed = torch.zeros_like(target), torch.zeros(target.shape[:2], dtype=torch.bool)
-    for k in range(target.shape[1]):
-        row, pivot = roots[:, k : k + 1, :k], roots[:, k, k].unsqueeze(-1)
-        rest = target[:, k] - (row @ found[:, :k])[:, 0]
-        size = target[:, k].abs() + (row.abs() @ found[:, :k].abs())[:, 0]
-        solid = pivot.abs() > 1e-13 * torch.linalg.vector_norm(roots[:, k], dim=-1, keepdim=True)
-        found[:, k] = torch.where(solid, rest / torch.where(solid, pivot, 1.0), 0.0)
-        missed[:, k] = (~solid & (rest.abs() > 1e-9 * size)).any(-1) & noisy
-    if bool(missed.any()):
-        i, k = (int(v) for v in missed.nonzero()[0])
-        raise ValueError(
-            f"twisted: row {i} of the plan, called at t = {float(plan.times[i]):.4g}, moves channel {k} with the "
-            "prediction where its noise does not reach, so guided and unguided steps have no density ratio. Use "
-            "Ancestral, SSCS, or Exponential(stochasticity=1), whose noise reaches every channel."
-        )
-    return torch.where(noisy[:, None, None], found, 0.0).mT
-
-
 class _Walk:
     """The chain of a plan with its guidance, its likelihood and its space at hand."""
 
@@ -212,8 +182,8 @@ class _Walk:
         if observed is not None:
             self.log_likelihood = lambda x: observed(space.decode(x))
         self.readings = diffusion.reading(plan.times)
-        self.roots = _roots(plan)
-        self.shifts = _shifts(plan, self.roots)
+        self.roots = lower_roots(plan)
+        self.shifts = shifts(plan, self.roots)
 
     def parts(self, z: Tensor, i: int, bar: tqdm) -> Parts:
         """What the model says of all states z (n, K, *event) at call i."""
