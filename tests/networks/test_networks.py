@@ -106,7 +106,7 @@ def test_diffusers_missing_says_what_to_install(monkeypatch):
     [
         (lambda: MLP(0), "features must be at least 1, got 0"),
         (lambda: MLP(2)(torch.zeros(3, 5), torch.zeros(3)), r"must hold 2 numbers, got x of shape \(3, 5\)"),
-        (lambda: MLP(2)(torch.zeros(3, 2), torch.zeros(3), y=torch.zeros(3)), "takes observed as its only condition, got y"),
+        (lambda: MLP(2)(torch.zeros(3, 2), torch.zeros(3), y=torch.zeros(3)), "its only condition, got y"),
         (lambda: UNet(1, 9), "divisible by 2, got 9"),
         (lambda: UNet(1, 8, width=10), "width must be a multiple of 8, got 10"),
         (lambda: UNet(1, 8, dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),

@@ -13,6 +13,7 @@ from undrift.measure.fid import (
     train_features,
 )
 from undrift.measure.likelihood import Likelihood, bits_per_dim, log_likelihood
+from undrift.measure.modes import ModeErrors, mode_errors
 from undrift.measure.transport import Transport, transport
 from undrift.pixels import dequantise, quantise
 
@@ -21,6 +22,7 @@ __all__ = [
     "Evidence",
     "FeatureNetwork",
     "Likelihood",
+    "ModeErrors",
     "Neighbours",
     "TrainedFeatures",
     "Transport",
@@ -34,6 +36,7 @@ __all__ = [
     "jackknife",
     "log_likelihood",
     "mmd",
+    "mode_errors",
     "nearest_neighbours",
     "quantise",
     "sliced_wasserstein",
