@@ -15,7 +15,7 @@ from torch import Tensor
 
 from undrift.cli.arguments import to_yaml
 from undrift.config import ConfigError, describe
-from undrift.denoise import NetworkDenoiser
+from undrift.denoise import NetworkClassifier, NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.process import VP, LinearProcess
 from undrift.report import Tones, label, samples_figure, write_bytes, write_npz, write_provenance
@@ -35,6 +35,7 @@ __all__ = [
     "finish",
     "keep_samples",
     "open_checkpoint",
+    "open_classifier",
 ]
 
 
@@ -115,23 +116,64 @@ class Checkpoint:
             return inner
         return self.model
 
+    @property
+    def network(self) -> Any:
+        """The network inside."""
+        return self.model.network if isinstance(self.model, NoiseDiffusion) else self.denoiser.network
+
 
 def open_checkpoint(run: str) -> Checkpoint:
     """The model of a run's folder (its model.safetensors), or of a file.
 
     Raises:
-        ConfigError: if there is none, or it does not say what it samples.
+        ConfigError: if there is none, it does not say what it samples, or it is a classifier.
         CheckpointError: if the file is not an intact checkpoint.
     """
+    path, model, noted = _open(run, "run")
+    if isinstance(model, NetworkClassifier):
+        raise ConfigError(f"run: {path} is a classifier; it guides other runs: undrift sample RUN --classifier {run}.")
+    return Checkpoint(path, model, noted)
+
+
+def open_classifier(run: str, checkpoint: Checkpoint) -> NetworkClassifier:
+    """The classifier of a run's folder, for points of a model.
+
+    Raises:
+        ConfigError: if there is none, or it knows other points than the model makes.
+    """
+    path, model, noted = _open(run, "classifier")
+    if not isinstance(model, NetworkClassifier):
+        raise ConfigError(
+            f"classifier: {path} is no classifier; train one with undrift train --objective Classification."
+        )
+    if tuple(noted["event"]) != checkpoint.event:
+        raise ConfigError(
+            f"classifier: {path} knows points of shape {tuple(noted['event'])}, the model of {checkpoint.path} makes "
+            f"{checkpoint.event}."
+        )
+    own, other = (describe(getattr(m, "space", None)) for m in (model, checkpoint.model))
+    if own != other:
+        raise ConfigError(
+            f"classifier: {path} was trained on noise of {own}, the model of {checkpoint.path} on {other}; train both "
+            "on the same space."
+        )
+    return model
+
+
+def _open(run: str, flag: str) -> tuple[Path, Any, dict[str, Any]]:
     place = Path(run).expanduser()
     path = place / "model.safetensors" if place.is_dir() else place
     if not path.is_file():
         what = "holds no model.safetensors" if place.is_dir() else "does not exist"
-        raise ConfigError(f"run: {place} {what}; give a folder that undrift train has written, or a checkpoint file.")
+        raise ConfigError(
+            f"{flag}: {place} {what}; give a folder that undrift train has written, or a checkpoint file."
+        )
     model, noted = load(path), notes(path)
     if "event" not in noted:
-        raise ConfigError(f"run: {path} does not note the shape of its events; save it with notes={{'event': [...]}}.")
-    return Checkpoint(path, model, noted)
+        raise ConfigError(
+            f"{flag}: {path} does not note the shape of its events; save it with notes={{'event': [...]}}."
+        )
+    return path, model, noted
 
 
 def diffusion_of(checkpoint: Checkpoint, process: LinearProcess | None) -> Diffusion | NoiseDiffusion:
@@ -154,9 +196,7 @@ def draw_classes(checkpoint: Checkpoint, y: int | None, n: int) -> dict[str, Ten
     """
     if y is None:
         return {}
-    model = checkpoint.model
-    network = model.network if isinstance(model, NoiseDiffusion) else checkpoint.denoiser.network
-    classes = getattr(network, "classes", None)
+    classes = getattr(checkpoint.network, "classes", None)
     if classes is None or not 0 <= y < classes:
         known = "takes no classes" if classes is None else f"knows classes 0 to {classes - 1}"
         raise ConfigError(f"y: the network of {checkpoint.path} {known}, got {y}.")
@@ -171,6 +211,7 @@ def keep_samples(
     sampler: Sampler,
     tones: Tones,
     seed: int,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """``stem``.npz and ``stem``.png: samples as the model makes them with their settings, and a picture of them."""
     settings: dict[str, Any] = {
@@ -180,6 +221,7 @@ def keep_samples(
         "sampler_name": label(sampler),
         "seed": seed,
         **tones.notes,
+        **(more or {}),
     }
     if isinstance(sampler, TableSampler):
         settings["calls"] = sampler.plan(diffusion.process).calls
@@ -187,19 +229,30 @@ def keep_samples(
     write_bytes(out / f"{stem}.png", samples_figure(x, tones))
 
 
-def check_applies(sampler: Sampler, process: LinearProcess) -> None:
+def check_applies(sampler: Sampler, process: LinearProcess, method: str | None = None) -> None:
     """Make the plan once, so that what does not fit is said before any work.
+
+    Args:
+        sampler, process: to be combined.
+        method: of conditioning: replacement needs fixed steps, and twisted sampling steps that draw noise.
 
     Raises:
         ConfigError: with the sampler's own reason.
     """
     if isinstance(sampler, ProbabilityFlow):
+        if method in ("replace", "twisted"):
+            raise ConfigError(f"sampler: {method} needs fixed steps, not {type(sampler).__name__}; take Ancestral.")
         return
     assert isinstance(sampler, TableSampler)
     try:
-        sampler.plan(process)
+        plan = sampler.plan(process)
     except ValueError as error:
         raise ConfigError(f"sampler: {error}") from error
+    if method == "twisted" and not bool((plan.L != 0).any()):
+        raise ConfigError(
+            f"sampler: the steps of {label(sampler)} draw no noise, and particles are weighed by theirs; take "
+            "--sampler Ancestral, EulerMaruyama or SSCS, or Exponential with --sampler.stochasticity 1."
+        )
 
 
 def check_data(data: Dataset, source: DataSource, checkpoint: Checkpoint, place: str) -> None:

@@ -20,6 +20,7 @@ from undrift.report.density import write_density_report
 from undrift.report.design import write_design_report
 from undrift.report.files import JsonLines, read_npz, write_bytes
 from undrift.report.html import Page
+from undrift.report.inverse import write_inverse_report
 from undrift.report.learned import add_learned_process
 from undrift.report.plots import (
     comparison_figure,
@@ -44,7 +45,7 @@ def write_report(folder: str | Path) -> Path:
     Args:
         folder: of a run: any of config.yaml, run.json, metrics.jsonl, model.safetensors, comparison.jsonl,
             comparison.json, evaluation.json, samples.npz and samples-*.npz; or draws.safetensors and summary.json; or
-            design.json.
+            design.json; or posterior.npz and posterior.json.
 
     Returns:
         Path of the file.
@@ -59,6 +60,8 @@ def write_report(folder: str | Path) -> Path:
         return write_density_report(place, lambda page: _reproduce(page, place, _json(place / "run.json")))
     if (place / "design.json").exists():
         return write_design_report(place, lambda page: _reproduce(page, place, _json(place / "run.json")))
+    if (place / "posterior.json").exists():
+        return write_inverse_report(place, lambda page: _reproduce(page, place, _json(place / "run.json")))
     known = ("config.yaml", "metrics.jsonl", "model.safetensors", "comparison.jsonl", "evaluation.json", "samples.npz")
     if not any((place / name).exists() for name in known):
         raise FileNotFoundError(f"{place} holds nothing of a run (none of {', '.join(known)}).")

@@ -34,10 +34,14 @@ def write_json(path: str | Path, data: Any) -> Path:
     return write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_npz(path: str | Path, x: Tensor, settings: Mapping[str, Any]) -> Path:
-    """Samples ``x`` (n, *event), in the range of the data, and ``settings``, a JSON text of how they were made."""
+def write_npz(path: str | Path, x: Tensor, settings: Mapping[str, Any], **more: Tensor) -> Path:
+    """Samples ``x`` (n, *event), in the range of the data, and ``settings``, a JSON text of how they were made.
+
+    ``more`` are further arrays, such as ``log_weights`` (n,).
+    """
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, x=x.cpu().numpy(), settings=np.array(json.dumps(dict(settings))))
+    arrays: dict[str, Any] = {k: v.cpu().numpy() for k, v in {"x": x, **more}.items()}
+    np.savez_compressed(buffer, **arrays, settings=np.array(json.dumps(dict(settings))))
     return write_bytes(path, buffer.getvalue())
 
 
