@@ -36,7 +36,7 @@ from torch import Tensor
 from undrift.denoise.guidance import coloured
 from undrift.observe.noise import CorrelatedNoise, GaussianNoise
 from undrift.observe.observation import Observation
-from undrift.space import FunctionSpace, Space, White
+from undrift.space import Space, White
 
 __all__ = ["PointEstimate", "PseudoInverse", "TweedieMoments"]
 
@@ -56,7 +56,7 @@ class _OfObservation:
         return self.observation if observed is None else dataclasses.replace(self.observation, y=observed)
 
     def _field(self, x: Tensor) -> Tensor:
-        return self.space.decode(x) if isinstance(self.space, FunctionSpace) else x
+        return x if self.space is None else self.space.decode(x)
 
     def _operator(self, x: Tensor) -> Tensor:
         return self.observation.operator(self._field(x))
