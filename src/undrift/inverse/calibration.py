@@ -98,7 +98,7 @@ class Calibration:
         for level in levels:
             if not 0 < level < 1:
                 raise ValueError(f"Calibration.coverage: levels must lie in (0, 1), got {level}.")
-            outside = int((1 - level) * (self.draws + 1) / 2)
+            outside = int((1 - level) * (self.draws + 1) / 2 + 1e-9)
             promised = 1 - 2 * outside / (self.draws + 1)
             inside = (self.ranks >= outside) & (self.ranks <= self.draws - outside)
             error = (promised * (1 - promised) / len(self.ranks)) ** 0.5

@@ -151,7 +151,7 @@ class Kernel:
 
 def _finite(value: Tensor) -> Tensor:
     """What cannot be evaluated has no density."""
-    return torch.nan_to_num(value, nan=-math.inf, posinf=-math.inf)
+    return torch.nan_to_num(value, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
 
 
 @torch.no_grad()

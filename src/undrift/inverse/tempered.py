@@ -140,7 +140,7 @@ def tempered(
     beta = moves.beta if isinstance(moves, PCNMoves) else math.nan
     with tqdm(total=1.0, disable=not progress, desc="tempering", bar_format="{l_bar}{bar}| {n:.4f}") as bar:
         while phi < 1:
-            gain = torch.nan_to_num(likelihood, nan=-math.inf, posinf=-math.inf)
+            gain = torch.nan_to_num(likelihood, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
             here = phi
 
             def cess(v: float, gain: Tensor = gain, here: float = here, log_w: Tensor = log_w) -> float:
