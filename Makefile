@@ -12,7 +12,8 @@ JOBS   ?= 2
 
 VENV := .venv
 BIN  := $(VENV)/bin
-PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# --no-compile: Python compiles the few modules that are imported, when they are
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 export MPLBACKEND ?= Agg
 
@@ -24,15 +25,18 @@ help:
 
 # -- installation: once per set of extras, again when the requirements change -----------------------------------------
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed-torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "undrift needs Python 3.11 or newer, and \
 	$(PYTHON) is " + sys.version.split()[0] + "; name another one with  make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-%: $(VENV)/.installed
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) -e '.[$*]'
 	@touch $@
 
