@@ -104,11 +104,9 @@ def test_degrees_are_the_rank_of_what_can_be_told(channels, learn):
     seen += [torch.logdet(ratio)] + [
         torch.linalg.matrix_power(ratio, n).diagonal(dim1=-2, dim2=-1).sum(-1) for n in (1, 2)
     ]
-    rows = []
-    for value in torch.cat(seen):
-        slopes = torch.autograd.grad(value, parameters, retain_graph=True)
-        rows.append(torch.cat([g.flatten() for g in slopes]))
-    jacobian = torch.stack(rows)
+    values = torch.cat(seen)
+    slopes = torch.autograd.grad(values, parameters, torch.eye(len(values)).to(values), is_grads_batched=True)
+    jacobian = torch.cat([g.flatten(1) for g in slopes], 1)
     values = torch.linalg.svdvals(jacobian / torch.linalg.vector_norm(jacobian, dim=1, keepdim=True).clamp(min=1e-30))
     assert int((values > 1e-9 * values[0]).sum()) == process.degrees
 
