@@ -57,7 +57,7 @@ def last_law(process: LinearProcess) -> tuple[Tensor, Tensor]:
     return mdm.DATA_MEAN * mean, sqrt_sum(root, mdm.DATA_STD * mean.unsqueeze(-1))
 
 
-def nodes(low: float, high: float, panels: int = 40) -> tuple[Tensor, Tensor]:
+def nodes(low: float, high: float, panels: int = 20) -> tuple[Tensor, Tensor]:
     """Gauss-Legendre nodes and weights on [low, high], graded towards low."""
     u, w = gauss_legendre(16)
     ends = (0.0, 1.0) if low == 0 else (math.log(low), math.log(high))
