@@ -1,7 +1,9 @@
 """A denoiser trained on one grid serves finer ones: what that costs, by network and by noise.
 
-Networks of spectral convolutions, of fixed physical modes, and of dilated convolutions, each trained on noise that is a
-function and on noise that is white on the pixels, on coarse fields, and judged on finer grids:
+Networks of spectral convolutions, of fixed physical modes, and of dilated convolutions, trained on coarse fields and
+judged on finer grids. The noise is a "function" of half a derivative in the mean square, or "white" on the pixels; for
+fields of a steep spectrum also "matched", of the data's own, and "by modes": the same, with a network preconditioned
+mode by mode.
 
 * denoising: the error in the norm of L^2, relative to the data's variance, at levels where the noise on every mode of
   the training grid is what it was there (white noise is made so much louder per pixel), over the modes shared with that
@@ -34,14 +36,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undrift.denoise import FieldGaussian, NetworkDenoiser
+from undrift.denoise import FieldGaussian, NetworkDenoiser, SpectralDenoiser
 from undrift.diffusion import Diffusion
 from undrift.measure import energy_distance
 from undrift.networks import FourierFeatures, Network, SpectralNet
 from undrift.process import VE, PowerClock
 from undrift.sample import Exponential, Rho, sample
-from undrift.space import Basis, Cosine, Fourier, FunctionSpace, Matern, White
-from undrift.train import Dataset, Denoising, TrainConfig, Trainer
+from undrift.space import Basis, Cosine, Fourier, FunctionSpace, Matern, Space, White
+from undrift.train import Dataset, DefensiveMixture, Denoising, Objective, SpectralDenoising, TrainConfig, Trainer
 
 LEVELS = (0.05, 0.2, 1.0, 5.0)
 LOW, HIGH, CALLS = 0.01, 80.0, 20
@@ -82,6 +84,7 @@ class Problem:
     grids: tuple[tuple[int, ...], ...]
     test: Callable[[int, tuple[int, ...]], Tensor]
     exact: Matern | None = None
+    matched: FunctionSpace | None = None
 
 
 def gaussian(dims: int, coarse: int, grids: tuple[int, ...]) -> Problem:
@@ -94,6 +97,14 @@ def gaussian(dims: int, coarse: int, grids: tuple[int, ...]) -> Problem:
 
     shapes = tuple((n,) * dims for n in grids)
     return Problem(f"Gaussian field, {dims}-d", basis, space, draw(4000, (coarse,) * dims, 0), shapes, draw, data)
+
+
+def rough(train: Tensor, basis: Basis) -> FunctionSpace:
+    return FunctionSpace(basis, Matern.fit(train, basis, smoothest=basis.dims / 2 + 0.5))
+
+
+def matched(train: Tensor, basis: Basis) -> FunctionSpace:
+    return FunctionSpace.of(train, basis)
 
 
 def kuramoto(root: Path) -> Problem:
@@ -112,9 +123,8 @@ def kuramoto(root: Path) -> Problem:
 
     basis = Fourier(1)
     train = basis.resample(shifted(u[::2], 4000, 0), (32,)).float()
-    return Problem(
-        "Kuramoto-Sivashinsky", basis, FunctionSpace.of(train, basis), train, ((32,), (64,), (128,), (256,)), draw
-    )
+    grids = ((32,), (64,), (128,), (256,))
+    return Problem("Kuramoto-Sivashinsky", basis, rough(train, basis), train, grids, draw, None, matched(train, basis))
 
 
 def darcy(root: Path) -> Problem:
@@ -129,7 +139,8 @@ def darcy(root: Path) -> Problem:
     def draw(n: int, grid: tuple[int, ...]) -> Tensor:
         return y["test", grid[0]][:n]
 
-    return Problem("Darcy pressure", basis, FunctionSpace.of(train, basis), train, ((16, 16), (32, 32)), draw)
+    grids = ((16, 16), (32, 32))
+    return Problem("Darcy pressure", basis, rough(train, basis), train, grids, draw, None, matched(train, basis))
 
 
 def problems() -> list[Problem]:
@@ -149,10 +160,13 @@ def trained(problem: Problem, network: str, noise: str, steps: int) -> NetworkDe
     else:
         net = Convolutions(dims, 48 if dims == 1 else 32)
         net.mode = "circular" if isinstance(problem.basis, Fourier) else "reflect"
-    model = NetworkDenoiser(net, sigma_data=1.0, space=problem.space if noise == "function" else White())
+    space: Space = {"function": problem.space, "white": White()}.get(noise, problem.matched)
+    model = NetworkDenoiser(net, sigma_data=1.0, space=space)
+    objective: Objective = Denoising()
+    if noise == "by modes":
+        model, objective = SpectralDenoiser(net, space), SpectralDenoising(DefensiveMixture())
     config = TrainConfig(steps=steps, batch=64 if dims == 1 else 32, lr=2e-3, ema=10_000.0, class_dropout=0.0)
-    levels = Denoising()
-    return Trainer(model, levels, Dataset(problem.name, problem.train), config).fit(progress=False).model
+    return Trainer(model, objective, Dataset(problem.name, problem.train), config).fit(progress=False).model
 
 
 def louder(problem: Problem, noise: str, grid: tuple[int, ...]) -> float:
@@ -214,7 +228,7 @@ def samples(problem: Problem, model: NetworkDenoiser, noise: str, grid: tuple[in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=2, default=(1500, 700), help="of training, in 1-d and in 2-d")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1500, 400), help="of training, in 1-d and in 2-d")
     parser.add_argument("--out", type=Path, default=Path("bench/results/resolution.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -225,7 +239,9 @@ def main() -> None:
     for problem in problems():
         steps = options.steps[problem.basis.dims - 1]
         for network in ("spectral", "convolutions"):
-            for noise in ("function", "white"):
+            for noise in ("function", "white", "matched", "by modes"):
+                if noise in ("matched", "by modes") and (problem.matched is None or network != "spectral"):
+                    continue
                 if (problem.name, network, noise) in done:
                     continue
                 start = time.process_time()
@@ -233,7 +249,7 @@ def main() -> None:
                 seconds = time.process_time() - start
                 coarse, rows = None, []
                 for grid in problem.grids:
-                    count = 512 if math.prod(grid) <= 1024 else 128
+                    count = 512 if math.prod(grid) <= 1024 else 64
                     x = samples(problem, model, noise, grid, count)
                     row = {"problem": problem.name, "network": network, "noise": noise, "grid": list(grid)}
                     row |= {"steps": steps, "train_seconds": round(seconds, 1), "samples": count}

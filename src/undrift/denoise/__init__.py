@@ -14,6 +14,7 @@ from undrift.denoise.guidance import Guided, Parts, Potential
 from undrift.denoise.known import Known
 from undrift.denoise.network import NetworkDenoiser
 from undrift.denoise.potentials import PointEstimate, PseudoInverse, TweedieMoments
+from undrift.denoise.spectral import SpectralDenoiser
 
 __all__ = [
     "BayesClassifier",
@@ -34,5 +35,6 @@ __all__ = [
     "PointEstimate",
     "Potential",
     "PseudoInverse",
+    "SpectralDenoiser",
     "TweedieMoments",
 ]
