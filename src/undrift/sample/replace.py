@@ -7,7 +7,8 @@ noisier than it is told.) At time 0 the known part is its mean, the known data t
 
 What the model says of the unknown part comes from a noisy draw of the known one, not from the known data: samples are
 right at the known places and plausible elsewhere, but not draws of the posterior, however many the steps. For those see
-:func:`~undrift.sample.twisted`.
+:func:`~undrift.sample.twisted`. On a space of functions noise is correlated across the edge of the mask, and a fresh
+draw of one side knows nothing of the other: there, guidance is the better choice.
 
 References:
     Song et al., Score-Based Generative Modeling through Stochastic Differential Equations, 2021, appendix I.2.
