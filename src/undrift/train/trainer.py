@@ -137,7 +137,9 @@ class Trainer:
         ]
         self._trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in self.parts.items()}
         groups = [{"params": parameters, "part": name} for name, parameters in self._trained.items()]
-        self._optimizer = torch.optim.Adam(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+        # The fused kernel knows no complex numbers, which weights of Fourier layers may be.
+        fused = not any(p.is_complex() for part in self._trained.values() for p in part)
+        self._optimizer = torch.optim.Adam(groups, lr=self.config.lr, betas=self.config.betas, fused=fused)
         # Rows of (loss, norms of the gradients of network and process, lowest and highest sigma) since the last row of
         # metrics; read in one transfer.
         self._window = torch.zeros(self.config.log_every, 5, device=self.device)
