@@ -210,3 +210,21 @@ def test_training_on_functions_of_several_grids_learns_and_its_checkpoint_keeps_
             after, before = (objective.loss(m, x, torch.Generator().manual_seed(1))[0] for m in (kept, silent))
         gap = before - after
         assert float(gap.mean()) > 5 * float(gap.std()) / 20
+
+
+class Turned(nn.Module):
+    """Complex weights, as Fourier layers of other libraries have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x * self.weight.reshape(2, 1)).real.sum(1, keepdim=True)
+
+
+def test_complex_weights_are_trained():
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    model = NetworkDenoiser(NeuralOperator(Turned()))
+    fit = Trainer(model, Denoising(), Dataset("d", x), TrainConfig(steps=3, batch=8, warmup=1)).fit(progress=False)
+    assert not torch.equal(fit.model.network.module.weight, torch.ones(2, dtype=torch.complex64))
