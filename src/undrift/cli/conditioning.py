@@ -45,7 +45,7 @@ from undrift.train import Simulated
 if TYPE_CHECKING:
     from undrift.cli.sample import SampleRun
 
-__all__ = ["Conditioned", "condition", "evidence", "kind_of"]
+__all__ = ["Conditioned", "condition", "evidence", "kind_of", "potential_of"]
 
 _WORDS = {
     "known": "prediction with the known part in place",
@@ -289,7 +289,7 @@ def _told(
         return _replace(found, given={**given, "observed": observation.y})
     assert isinstance(diffusion, Diffusion)
     twisting: Any = method if method != "twisted" else run.potential or _twisting(observation)
-    potential: Any = _potential(twisting, observation, checkpoint)
+    potential: Any = potential_of(twisting, observation, checkpoint.denoiser.sigma_data**2)
     _try(potential, diffusion, event, "potential" if method == "twisted" else "method", given)
     if method == "twisted":
         return _replace(found, potential=potential, notes={**notes, "potential": twisting})
@@ -349,12 +349,23 @@ def _twisting(observation: Observation) -> Twisting:
     return "moments" if observation.linear and gaussian else "dps"
 
 
-def _potential(name: Twisting, observation: Observation, checkpoint: Checkpoint) -> Any:
+def potential_of(name: Twisting | None, observation: Observation, variance: float) -> Any:
+    """The potential of a name; None for moments where they exist, or dps.
+
+    Args:
+        name: of the potential.
+        observation: what was seen.
+        variance: of the data in units of the noise's, for pigdm.
+
+    Raises:
+        ConfigError: if it does not exist for this operator and noise.
+    """
+    name = name or _twisting(observation)
     try:
         if name == "dps":
             return PointEstimate(observation)
         if name == "pigdm":
-            return PseudoInverse(observation, prior_variance=checkpoint.denoiser.sigma_data**2)
+            return PseudoInverse(observation, prior_variance=variance)
         return TweedieMoments(observation)
     except ValueError as error:
         raise ConfigError(f"method: {error}") from error

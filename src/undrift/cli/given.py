@@ -184,7 +184,13 @@ def pick(source: DataSource | None, index: int, checkpoint: Checkpoint) -> tuple
 
 
 def seen(
-    operator: Operator, noise: Noise, event: tuple[int, ...], y: Tensor | None, truth: Tensor | None, seed: int
+    operator: Operator,
+    noise: Noise,
+    event: tuple[int, ...],
+    y: Tensor | None,
+    truth: Tensor | None,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Observation:
     """The observation of an unknown of shape ``event``: data that were read, or simulated from a truth.
 
@@ -192,7 +198,7 @@ def seen(
         ConfigError: with the reason of what does not fit.
     """
     try:
-        predicted = operator(torch.zeros(2, *event))
+        predicted = operator(torch.zeros(2, *event, dtype=dtype))
     except (ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(
             f"observe: {type(operator).__name__} does not fit events of shape {event}: {error}"
@@ -211,8 +217,8 @@ def seen(
         else:
             assert truth is not None
             generator = torch.Generator().manual_seed(seed)
-            observation = Observation.simulate(operator, noise, truth.unsqueeze(0), generator)
-        observation.log_likelihood(torch.zeros(2, *event, dtype=observation.y.dtype))
+            observation = Observation.simulate(operator, noise, truth.to(dtype).unsqueeze(0), generator)
+        observation.log_likelihood(torch.zeros(2, *event, dtype=dtype))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"observe: {error}") from error
     return observation

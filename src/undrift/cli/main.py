@@ -16,6 +16,7 @@ from undrift.cli.demo import DemoRun
 from undrift.cli.density import DensityRun
 from undrift.cli.design import DesignRun
 from undrift.cli.evaluate import EvaluateRun
+from undrift.cli.invert import InvertRun
 from undrift.cli.report import ReportRun
 from undrift.cli.sample import SampleRun
 from undrift.cli.train import TrainRun
@@ -30,6 +31,7 @@ COMMANDS: dict[str, type] = {
     "compare": CompareRun,
     "design": DesignRun,
     "density": DensityRun,
+    "invert": InvertRun,
     "report": ReportRun,
     "demo": DemoRun,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -309,12 +308,13 @@ def _calibration(page: Page, calibration: Mapping[str, Any]) -> None:
         "the posterior is too narrow, a hill too wide, a slope that it is off to a side.",
     )
     page.table(
-        ["scalar", "p-value", *(f"within the central {100 * q:g} %" for q in LEVELS)],
+        ["scalar", "p, chi-square", "p, Cramer-von Mises", *(f"in {100 * q:.3g} %" for q in calibration["levels"])],
         [
-            [s["name"], shown_number(s["p_value"]), *(f"{100 * s['coverage'][f'{q:g}']:.0f} %" for q in LEVELS)]
+            [s["name"], shown_number(s["chi_square"], 2), shown_number(s["uniformity"], 2)]
+            + [f"{100 * c:.0f} %" for c in s["coverage"]]
             for s in calibration["scalars"]
         ],
-        f"Chi-square test of uniform ranks in {calibration['bins']} bins, and coverage over {count} experiments.",
+        f"Tests of uniform ranks, and shares of truths within central intervals, over {count} experiments.",
     )
 
 
@@ -326,16 +326,13 @@ def ranks_figure(calibration: Mapping[str, Any]) -> Figure:
     columns = min(3, len(scalars))
     lines = -(-len(scalars) // columns)
     figure, axes = new_figure(3.2 * columns, 2.1 * lines + 0.2, lines, columns)
-    bins, count = calibration["bins"], calibration["experiments"]
+    count, bins = calibration["experiments"], len(scalars[0]["histogram"])
     low, high = binom.ppf((0.005, 0.995), count, 1 / bins)
     for ax, scalar in zip(axes.flat, scalars, strict=False):
         _bars(ax, scalar["histogram"])
         for end in (low, high):
             ax.axhline(end, color=PALETTE[1], linestyle="--", linewidth=1)
-        p = scalar["p_value"]
-        ax.set_title(
-            f"{scalar['name']}{'' if p is None or math.isnan(p) else f', p = {p:.2g}'}", fontsize=8, loc="left"
-        )
+        ax.set_title(f"{scalar['name']}, p = {scalar['uniformity']:.2g}", fontsize=8, loc="left")
         ax.set_xlabel("rank of the truth / draws", fontsize=8)
     for ax in axes.flat[len(scalars) :]:
         ax.set_axis_off()

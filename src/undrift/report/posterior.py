@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from undrift.inverse.calibration import Calibration
 from undrift.report.files import write_bytes, write_json
 
 __all__ = ["LEVELS", "PosteriorRecord", "accuracy", "rank_table"]
@@ -103,44 +104,26 @@ def accuracy(draws: Tensor, mean: Tensor, std: Tensor, truth: Tensor, known: Ten
     }
 
 
-def rank_table(names: Sequence[str], ranks: Tensor, draws: int, bins: int = 10) -> dict[str, Any]:
-    r"""Simulation-based calibration as plain data: is the truth's rank among posterior draws uniform?
-
-    Args:
-        names: of the scalars that were ranked.
-        ranks: how many of ``draws`` independent posterior draws lie below the truth, (experiments, scalars).
-        draws: L, so that a rank is one of 0 ... L.
-        bins: of the histograms, at most; fewer where L + 1 has no such divisor.
-
-    Returns:
-        A histogram for each scalar, its chi-square p-value, and the coverage of central intervals.
-
-    References:
-        Talts et al., Validating Bayesian Inference Algorithms with Simulation-Based Calibration, 2018.
-    """
-    from scipy.stats import chi2
-
-    if ranks.ndim != 2 or len(names) != ranks.shape[1] or int(ranks.min()) < 0 or int(ranks.max()) > draws:
-        raise ValueError(
-            f"rank_table: ranks must be ({'experiments'}, {len(names)}) numbers of 0 ... {draws}, got "
-            f"{tuple(ranks.shape)} from {int(ranks.min())} to {int(ranks.max())}."
-        )
-    count = max(b for b in range(1, bins + 1) if (draws + 1) % b == 0)
-    scalars = []
-    for name, column in zip(names, ranks.long().T, strict=True):
-        histogram = torch.bincount(column * count // (draws + 1), minlength=count)
-        expected = len(column) / count
-        statistic = float((histogram - expected).square().sum() / expected)
-        level = (column.double() + 0.5) / (draws + 1)
-        scalars.append(
-            {
-                "name": name,
-                "histogram": histogram.tolist(),
-                "p_value": float(chi2.sf(statistic, count - 1)) if count > 1 else None,
-                "coverage": {f"{q:g}": float(((level - 0.5).abs() <= q / 2).double().mean()) for q in LEVELS},
-            }
-        )
-    return {"experiments": ranks.shape[0], "draws": draws, "bins": count, "scalars": scalars}
+def rank_table(calibration: Calibration) -> dict[str, Any]:
+    """Simulation-based calibration as plain data: a histogram of ranks, p-values and coverage for each functional."""
+    histograms, chi, cvm = calibration.histogram(), calibration.chi_square(), calibration.uniformity()
+    covered = calibration.coverage(LEVELS)
+    scalars = [
+        {
+            "name": name,
+            "histogram": histogram.tolist(),
+            "chi_square": float(a),
+            "uniformity": float(b),
+            "coverage": [c.share[i] for c in covered],
+        }
+        for i, (name, histogram, a, b) in enumerate(zip(calibration.names, histograms, chi, cvm, strict=True))
+    ]
+    return {
+        "experiments": len(calibration.ranks),
+        "draws": calibration.draws,
+        "levels": [c.level for c in covered],
+        "scalars": scalars,
+    }
 
 
 def shown_number(value: float | None, digits: int = 3) -> str:
