@@ -95,7 +95,7 @@ def test_linear_posterior_within_its_errors():
     s = FunctionSpace(Cosine(), Matern(2.0, 3.0), "coefficients")
     posterior, exact = Posterior(FieldMixture(s), OBSERVED), LinearGaussian.of(OBSERVED, s, (16,))
     for proposal, beta in (("pcn", 0.4), ("pcnl", 0.5)):
-        chains = pcn(posterior, torch.zeros(300, 16).double(), 260, beta, proposal, warmup=60, thin=10)
+        chains = pcn(posterior, torch.zeros(300, 16).double(), 140, beta, proposal, warmup=40, thin=10)
         of_chain = chains.states.mean(1)  # chains are independent: their spread is the error
         error = of_chain.std(0) / math.sqrt(300)
         assert float(((of_chain.mean(0) - exact.posterior_mean()) / error).abs().max()) < 4
@@ -112,9 +112,9 @@ def test_acceptance_is_flat_in_the_grid_but_for_random_walks():
         mode = find_mode(posterior, torch.zeros(1, n, dtype=torch.float64))
         start = mode + PosteriorInformed.at(posterior, mode).noise(torch.randn(200, n, generator=g).double())
         for proposal in ("pcn", "random-walk", "white-walk"):
-            chains = pcn(posterior, start, 120, 0.25, proposal, warmup=40, thin=40)
+            chains = pcn(posterior, start, 80, 0.25, proposal, warmup=20, thin=20)
             rates[proposal, n] = float(chains.acceptance.mean())
-    # acceptances of 200 chains over 80 moves differ by .1 between chains: .007 in the mean, .01 in a difference
+    # acceptances of 200 chains over 60 moves differ by .1 between chains: .007 in the mean, .01 in a difference
     assert abs(rates["pcn", 256] - rates["pcn", 32]) < 0.04
     assert rates["pcn", 32] == pytest.approx(0.328, abs=0.03)
     # at stationarity a walk accepts about 2 Phi(-beta sqrt(n) / 2) of what pcn does: .48 and .046
@@ -127,8 +127,8 @@ def test_langevin_agrees_with_pcn_on_flow_through_a_medium():
     mode = find_mode(posterior, torch.zeros(1, 32, dtype=torch.float64))
     k = PosteriorInformed.at(posterior, mode)
     start = mode + k.noise(torch.randn(150, 32, generator=g, dtype=torch.float64))
-    exact = pcn(posterior, start, 240, 0.7, reference=k, centre=mode, warmup=40, thin=10)
-    found = langevin(posterior, start, 240, 0.15, preconditioner=k, warmup=40, thin=10)
+    exact = pcn(posterior, start, 160, 0.7, reference=k, centre=mode, warmup=40, thin=10)
+    found = langevin(posterior, start, 160, 0.15, preconditioner=k, warmup=40, thin=10)
     a, b = exact.states.mean(1), found.states.mean(1)
     error = (a.var(0) / 150 + b.var(0) / 150).sqrt()
     # no bias of Langevin is seen above 4 standard errors and a tenth of a deviation, a third of (gamma b)
@@ -144,7 +144,7 @@ def test_langevin_agrees_with_pcn_on_flow_through_a_medium():
 
 
 def test_beta_is_steered_in_warm_up_and_then_left_alone():
-    posterior, g = darcy(32)
+    posterior, _ = darcy(32)
     start = find_mode(posterior, torch.zeros(1, 32).double()).expand(100, 32)
     chains = pcn(posterior, start, 300, 0.9, warmup=200, target=0.25, thin=10)
     assert float(chains.acceptance.mean()) == pytest.approx(0.25, abs=0.05)

@@ -40,7 +40,7 @@ from undrift.inverse.step import StepReport, StepTooLarge, check_step
 __all__ = ["TRUSTED", "Annealing", "langevin"]
 
 TRUSTED = 0.4
-"""Largest gamma b_max that is trusted: variances are then too large by at most a quarter, in one direction."""
+"""Largest gamma b_max that is trusted: the variance of the stiffest direction is then a quarter too large, by the linear theory."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
-from undrift.denoise.guidance import inherited
-from undrift.space import Covariance, FunctionSpace, Space
+from undrift.space import Covariance, FunctionSpace, Space, space_of
 
 __all__ = ["DenoiserPrior", "FieldMixture", "Prior", "RatioPrior"]
 
@@ -73,7 +72,7 @@ class DenoiserPrior:
     space: Space = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "space", inherited(self.denoiser, self.space))
+        object.__setattr__(self, "space", space_of(self.denoiser, self.space))
 
     def slope(self, x: Tensor, tau: float) -> Tensor:
         """S(x, tau), tau > 0, for x (batch, *event): same shape and dtype.
@@ -129,16 +128,15 @@ class FieldMixture(Denoiser):
             raise ValueError(
                 f"FieldMixture: weights must be {len(means)} positive numbers, one a mean, got {weights.tolist()}."
             )
-        if self.spectrum is not None:
-            self.spectrum.check(basis)
+        # variances of a spectrum take an integral; a space keeps them
+        own = self.space if self.spectrum is None else FunctionSpace(basis, self.spectrum)
+        object.__setattr__(self, "_own", own)
         object.__setattr__(self, "means", means.double())
         object.__setattr__(self, "weights", weights.double() / weights.double().sum())
 
     def variances(self, grid: tuple[int, ...]) -> Tensor:
         """Variances mu of the modes of a component, (*grid), float64."""
-        if self.spectrum is None:
-            return self.space.variances(grid)
-        return self.spectrum.variances(self.space.basis, grid)
+        return self._own.variances(grid)  # type: ignore[attr-defined, no-any-return]
 
     def _responsibilities(self, c: Tensor, total: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
         """Of a draw with coefficients c (batch, *grid) from sum_k w_k N(shrink m_k, total): r (batch, M) and m."""
