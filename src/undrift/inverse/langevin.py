@@ -40,7 +40,7 @@ from undrift.inverse.step import StepReport, StepTooLarge, check_step
 __all__ = ["TRUSTED", "Annealing", "langevin"]
 
 TRUSTED = 0.4
-"""Largest gamma b_max that is trusted: the variance of the stiffest direction is then a quarter too large, by the linear theory."""
+"""Largest gamma b_max that is trusted: by the linear theory the stiffest variance is then a quarter too large."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,7 +136,7 @@ class FieldMixture(Denoiser):
 
     def variances(self, grid: tuple[int, ...]) -> Tensor:
         """Variances mu of the modes of a component, (*grid), float64."""
-        return self._own.variances(grid)  # type: ignore[attr-defined, no-any-return]
+        return self._own.variances(grid)  # type: ignore[attr-defined]
 
     def _responsibilities(self, c: Tensor, total: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
         """Of a draw with coefficients c (batch, *grid) from sum_k w_k N(shrink m_k, total): r (batch, M) and m."""
