@@ -22,9 +22,9 @@ from torch import Tensor
 from undrift._linalg import as_f64, sqrt_sum
 from undrift.denoise.base import Denoiser
 from undrift.process.linear import LinearProcess, mix
-from undrift.space import Space, White
+from undrift.space import Space, space_of
 
-__all__ = ["Diffusion", "NoiseDiffusion", "Predictor", "require_white", "space_of"]
+__all__ = ["Diffusion", "NoiseDiffusion", "Predictor", "require_white"]
 
 Predictor = Callable[..., Tensor]
 """``predictor(z, i, **condition)`` -> prediction (batch, P, *event) at the i-th of the times it was made for."""
@@ -34,14 +34,6 @@ def _inverse_cov(root: Tensor, v: Tensor) -> Tensor:
     """(L L')^-1 applied to the columns of v (..., K, J)."""
     u = torch.linalg.solve_triangular(root, v, upper=False)
     return torch.linalg.solve_triangular(root.mT, u, upper=True)
-
-
-def space_of(model: object, given: Space | None = None) -> Space:
-    """The space that is given, or else the one that the model says it lives on, or else White."""
-    space = getattr(model, "space", None) if given is None else given
-    if space is not None and not isinstance(space, Space):
-        raise TypeError(f"space must be a Space, such as White() or a FunctionSpace, got a {type(space).__name__}.")
-    return White() if space is None else space
 
 
 def require_white(model: object, what: str) -> None:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
-from undrift.denoise.guidance import inherited
-from undrift.space import Space
+from undrift.space import Space, space_of
 
 __all__ = ["ClassifierFree"]
 
@@ -65,7 +64,7 @@ class ClassifierFree(Denoiser):
     @property
     def space(self) -> Space:
         """Where the points live: the denoiser's space."""
-        return inherited(self.denoiser)
+        return space_of(self.denoiser)
 
     def __call__(self, x: Tensor, sigma: Tensor | float, y: Tensor | int | None = None, **condition: Any) -> Tensor:
         """

@@ -27,15 +27,9 @@ import torch
 from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
-from undrift.space import FunctionSpace, Space, White
+from undrift.space import Space, space_of
 
-__all__ = ["Guided", "Parts", "Potential", "coloured", "inherited"]
-
-
-def inherited(denoiser: object, space: Space | None = None) -> Space:
-    """The space that is given, or else the one that the denoiser says it lives on, or else White."""
-    found = getattr(denoiser, "space", None) if space is None else space
-    return White() if found is None else found
+__all__ = ["Guided", "Parts", "Potential", "coloured"]
 
 
 def coloured(space: Space, slope: Tensor) -> Tensor:
@@ -44,7 +38,7 @@ def coloured(space: Space, slope: Tensor) -> Tensor:
     That is the matrix of covariances of the noise's coordinates, times the slope: on the values of a function, whose
     inner product is :math:`h^d \sum u v`, the operator C applied to the gradient for that inner product.
     """
-    return space.covariance(space.gradient(slope) if isinstance(space, FunctionSpace) else slope)
+    return space.covariance(space.gradient(slope))
 
 
 class Potential(Protocol):
@@ -112,7 +106,7 @@ class Guided(Denoiser):
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise ValueError(f"Guided: strength must be finite, got {self.strength}.")
-        space = inherited(self.denoiser, self.space)
+        space = space_of(self.denoiser, self.space)
         object.__setattr__(self, "space", space)
         potential: Any = self.potential
         if hasattr(potential, "space"):

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
-from undrift.denoise.guidance import inherited
-from undrift.space import Space
+from undrift.space import Space, space_of
 
 __all__ = ["Known"]
 
@@ -55,7 +54,7 @@ class Known(Denoiser):
     @property
     def space(self) -> Space:
         """Where the points live: the denoiser's space."""
-        return inherited(self.denoiser)
+        return space_of(self.denoiser)
 
     def _check(self, values: Tensor) -> None:
         known = torch.where(self.mask.to(values.device), values, 0.0)

@@ -36,7 +36,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 from tqdm import tqdm
 
 from undrift._interpolant import Interpolant

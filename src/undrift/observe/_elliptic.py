@@ -17,9 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
-from scipy.sparse.linalg import splu
 from torch import Tensor
 
 __all__ = ["harmonic", "solve"]
@@ -69,6 +67,9 @@ class _Factors:
 
 
 def _factorise(t1: np.ndarray, t2: np.ndarray) -> Any:
+    import scipy.sparse  # late: it takes a third of a second, and few need it
+    from scipy.sparse.linalg import splu
+
     n2 = t1.shape[1]
     centre = t1[:-1] + t1[1:] + t2[:, :-1] + t2[:, 1:]
     down = -t1[1:-1].ravel()

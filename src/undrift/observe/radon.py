@@ -14,13 +14,16 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
 from undrift.observe.base import LinearOperator
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 __all__ = ["Radon"]
 
@@ -98,14 +101,16 @@ def _torch_beams(
 
 
 @functools.lru_cache(maxsize=4)
-def _beams(theta: tuple[float, ...], detectors: int, n1: int, n2: int) -> scipy.sparse.csr_matrix:
+def _beams(theta: tuple[float, ...], detectors: int, n1: int, n2: int) -> csr_matrix:
     """The matrix (angles * detectors, n1 * n2), made an angle at a time to bound the memory."""
     s = math.sqrt(2) * ((np.arange(detectors) + 0.5) / detectors - 0.5)
     parts = 2 * max(n1, n2)  # of a chord; each at most 0.71 cells long
-    return scipy.sparse.vstack([_one_angle(angle, s, parts, n1, n2) for angle in theta], format="csr")
+    from scipy.sparse import vstack
+
+    return vstack([_one_angle(angle, s, parts, n1, n2) for angle in theta], format="csr")
 
 
-def _one_angle(angle: float, s: np.ndarray, parts: int, n1: int, n2: int) -> scipy.sparse.csr_matrix:
+def _one_angle(angle: float, s: np.ndarray, parts: int, n1: int, n2: int) -> csr_matrix:
     normal = np.array([math.cos(angle), math.sin(angle)])
     along = np.array([-normal[1], normal[0]])
     foot = 0.5 + s[:, None] * normal  # (detectors, 2)
@@ -132,7 +137,9 @@ def _one_angle(angle: float, s: np.ndarray, parts: int, n1: int, n2: int) -> sci
             rows.append(row.ravel())
             columns.append((i * n2 + j).ravel())
             weights.append((w1 * w2 * (length[:, None] / parts)).ravel())
+    from scipy.sparse import csr_matrix
+
     triple = (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns)))
-    matrix = scipy.sparse.csr_matrix(triple, shape=(len(s), n1 * n2))
+    matrix = csr_matrix(triple, shape=(len(s), n1 * n2))
     matrix.eliminate_zeros()
     return matrix

@@ -3,7 +3,7 @@
 from undrift.space.basis import Basis, Cosine, Fourier, Sine
 from undrift.space.clock import Blurring, HeatDissipation, ModalClock
 from undrift.space.covariance import Covariance, EmpiricalSpectrum, HeatKernel, Matern, PowerLaw
-from undrift.space.space import Coordinates, FunctionSpace, Space, White
+from undrift.space.space import Coordinates, FunctionSpace, Space, White, space_of
 
 __all__ = [
     "Basis",
@@ -22,4 +22,5 @@ __all__ = [
     "Sine",
     "Space",
     "White",
+    "space_of",
 ]

@@ -31,7 +31,7 @@ from torch import Tensor
 from undrift.space.basis import Basis, Cosine
 from undrift.space.covariance import Covariance, EmpiricalSpectrum, Matern
 
-__all__ = ["Coordinates", "FunctionSpace", "Space", "White"]
+__all__ = ["Coordinates", "FunctionSpace", "Space", "White", "space_of"]
 
 Coordinates = Literal["physical", "coefficients", "whitened"]
 
@@ -75,6 +75,10 @@ class Space(ABC):
     def precision(self, v: Tensor) -> Tensor:
         """C^-1 v."""
         return self.power(v, -1.0)
+
+    def gradient(self, slope: Tensor) -> Tensor:
+        """The gradient, for the space's inner product, of a function whose partial derivatives are ``slope``."""
+        return slope
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,14 @@ class FunctionSpace(Space):
     def in_coordinates(self, coordinates: Coordinates) -> FunctionSpace:
         """The same space in other coordinates."""
         return FunctionSpace(self.basis, self.spectrum, coordinates)
+
+
+def space_of(model: object, given: Space | None = None) -> Space:
+    """The space that is given, or else the one that the model says it lives on, or else White."""
+    space = getattr(model, "space", None) if given is None else given
+    if space is not None and not isinstance(space, Space):
+        raise TypeError(f"space must be a Space, such as White() or a FunctionSpace, got a {type(space).__name__}.")
+    return White() if space is None else space
 
 
 def _express(space: FunctionSpace, x: Tensor, of: Coordinates, to: Coordinates) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from undrift.denoise.classifier import Classifier, NetworkClassifier
-from undrift.denoise.guidance import inherited
+from undrift.space import space_of
 from undrift.train.data import Dataset
 from undrift.train.levels import LogUniform, NoiseLevels, stratified
 from undrift.train.objectives import Objective
@@ -85,7 +85,7 @@ def accuracy(
     """
     if data.labels is None:
         raise ValueError(f"accuracy: {data.name} has no labels.")
-    space, out = inherited(classifier), []
+    space, out = space_of(classifier), []
     for level in levels:
         generator = torch.Generator(data.x.device).manual_seed(seed)
         right, nats = [], []

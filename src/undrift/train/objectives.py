@@ -20,10 +20,10 @@ from torch import Tensor
 
 from undrift._linalg import psd_sqrt
 from undrift.bound import Bound
-from undrift.diffusion import Diffusion, NoiseDiffusion, require_white, space_of
+from undrift.diffusion import Diffusion, NoiseDiffusion, require_white
 from undrift.process.linear import mix
 from undrift.process.times import InformationTimes, LogSnrTimes, TimeDensity, earliest
-from undrift.space import White
+from undrift.space import White, space_of
 from undrift.train.levels import DefensiveMixture, NoiseLevels, stratified
 
 __all__ = ["Denoising", "EvidenceBound", "NoiseMatching", "Objective"]
