@@ -79,7 +79,7 @@ def test_bias_of_a_prior_at_positive_tau_and_the_noise_it_depends_on(alpha):
         assert found == pytest.approx(w2, rel=0.04, abs=1.2e-4)  # 1e-4: a root of rounding, and the last digit
         at = q.langevin(None, noise, "euler")
         # two digits are printed
-        assert at.limit == pytest.approx(limit, rel=0.05 if tau > 1e-4 else 0.02)
+        assert at.limit == pytest.approx(limit, rel=0.05)
         assert alpha != 3.0 or 8.5e6 < at.condition < 1.5e7
 
 
