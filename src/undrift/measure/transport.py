@@ -236,6 +236,8 @@ def _solve(
     gathered = torch.zeros(z.shape[0], columns, dtype=z.dtype, device=z.device)
     span = torch.tensor([start, end], dtype=torch.float64, device=z.device).log()
     reached, low, high = start, float(span.min()), float(span.max())
+    from torchdiffeq import odeint  # late: with SciPy's integrators it takes longer than the rest of this library
+
     with tqdm(total=1.0, disable=not progress, desc="likelihood", bar_format="{l_bar}{bar}| {elapsed}") as bar:
 
         def velocity(log_t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
