@@ -125,6 +125,7 @@ def test_commands_exist_and_take_these_flags(tmp_path, monkeypatch):
 FAST: dict[str, list[str]] = {
     "minimal_density.py": [],
     "minimal_design.py": ["3", "100"],
+    "minimal_inverse.py": ["100"],
     "minimal_learned.py": ["20"],
     "minimal_learned_sampler.py": ["20"],
     "minimal_likelihood.py": ["50"],

@@ -234,6 +234,8 @@ def _method(run: SampleRun, checkpoint: Checkpoint) -> Method | None:
     if run.known is not None or run.mask is not None:
         return "known"
     if run.observe is None:
+        if run.truth is not None or run.simulate is not None:
+            raise ConfigError("truth: of what? Say what is seen of it: --mask, or --observe and --noise.")
         if run.data is not None:
             raise ConfigError("data: needs the operator that sees them, as in --observe '{type: Blur, width: 0.1}'.")
         return None

@@ -75,7 +75,6 @@ def check(run: SampleRun) -> None:
         ),
         (run.truth is not None and run.simulate is not None, "truth: give either truth or simulate."),
         (run.data is not None and run.simulate is not None, "data: are simulated; give either data or simulate."),
-        (true and not told, "truth: of what? Say what is seen of it: --mask, or --observe and --noise."),
         (run.source is not None and run.simulate is None, "source: is where --simulate INDEX takes its truth from."),
         (
             run.observe is not None and run.noise is None,

@@ -139,7 +139,7 @@ def fields_figure(record: PosteriorRecord) -> Figure:
         low, high = limits or common
         colours = "RdBu_r" if limits == (-3.0, 3.0) else "magma" if limits else "viridis"
         shown = ax.imshow(
-            values.T, origin="lower", extent=(0, 1, 0, 1), cmap=colours, vmin=low, vmax=max(high, low + 1e-12)
+            values.T.numpy(), origin="lower", extent=(0, 1, 0, 1), cmap=colours, vmin=low, vmax=max(high, low + 1e-12)
         )
         figure.colorbar(shown, ax=ax, shrink=0.75).ax.tick_params(labelsize=6)
         ax.set_title(name, fontsize=8, loc="left")

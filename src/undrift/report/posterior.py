@@ -106,7 +106,10 @@ def accuracy(draws: Tensor, mean: Tensor, std: Tensor, truth: Tensor, known: Ten
 
 def rank_table(calibration: Calibration) -> dict[str, Any]:
     """Simulation-based calibration as plain data: a histogram of ranks, p-values and coverage for each functional."""
-    histograms, chi, cvm = calibration.histogram(), calibration.chi_square(), calibration.uniformity()
+    most = max(2, min(20, len(calibration.ranks) // 5))
+    # Bins of equally many ranks, so that bars are of one height if ranks are uniform.
+    bins = max((b for b in range(2, most + 1) if (calibration.draws + 1) % b == 0), default=most)
+    histograms, chi, cvm = calibration.histogram(bins), calibration.chi_square(bins), calibration.uniformity()
     covered = calibration.coverage(LEVELS)
     scalars = [
         {
