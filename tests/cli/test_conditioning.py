@@ -266,7 +266,7 @@ def test_invert_refuses_a_step_that_would_be_biased(tmp_path, capsys):
     assert run(*flags, "--out", tmp_path / "o") == 2
     said = capsys.readouterr().err
     assert said.startswith("undrift: step: at iteration 0, gamma b_max = 0.5 x")
-    assert "the scheme is not stable. A step of" in said
+    assert "the scheme is not stable. Give --step 0.00" in said
 
 
 def test_invert_ranks_truths(tmp_path):

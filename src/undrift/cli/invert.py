@@ -177,8 +177,13 @@ class InvertRun:
             found = self._solve(problem)
             calibration = calibration_of(self, problem) if self.calibrate else None
         except StepTooLarge as error:
-            place = "moves" if self.method == "tempered" else "step"
-            raise ConfigError(f"{place}: {error}") from error
+            place, trust = ("moves.step", "moves.trust") if self.method == "tempered" else ("step", "trust")
+            others = ["--informed true"] * (self.method == "langevin" and not self.informed)
+            others += ["--method pcn"] * (self.run is None)
+            raise ConfigError(
+                f"{place}: at iteration {error.report.iteration}, {error.report}. Give --{place} {error.advised:.3g} "
+                f"or less; or {', '.join([*others, f'--{trust} .inf'])} if a biased run will do."
+            ) from error
         record = record_of(self, problem, found, calibration, clock.seconds)
         record.save(out)
         finish(out, command, clock)
