@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     x = functions(*draw(20_000, 0), FINE)
-    space = FunctionSpace.of(x, Cosine())
+    space = FunctionSpace.matched(x, Cosine())
     rows = []
     for place in SEEN:
         torch.manual_seed(0)

@@ -100,11 +100,11 @@ def gaussian(dims: int, coarse: int, grids: tuple[int, ...]) -> Problem:
 
 
 def rough(train: Tensor, basis: Basis) -> FunctionSpace:
-    return FunctionSpace(basis, Matern.fit(train, basis, smoothest=basis.dims / 2 + 0.5))
+    return FunctionSpace.of(train, basis)
 
 
 def matched(train: Tensor, basis: Basis) -> FunctionSpace:
-    return FunctionSpace.of(train, basis)
+    return FunctionSpace.matched(train, basis)
 
 
 def kuramoto(root: Path) -> Problem:

@@ -52,7 +52,7 @@ class ModalDiffusion:
             raise ValueError(
                 f"ModalDiffusion: the clock's modes reach sigma_max / floor = {clock.highest:g}, and "
                 f"{type(self.process).__name__} ends at sigma(T) = {reach:.4g}; lower sigma_max or raise floor, or "
-                "take a process that goes further, such as VE(sigma_max=...)."
+                "take a process that goes further, such as VE on a PowerClock of greater sigma_max."
             )
 
     @property

@@ -5,10 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from undrift.denoise import GaussianDenoiser, Guided, MixtureDenoiser, PointEstimate, PseudoInverse, TweedieMoments
+from undrift.denoise import (
+    GaussianDenoiser,
+    Guided,
+    Linearised,
+    MixtureDenoiser,
+    PointEstimate,
+    PseudoInverse,
+    TweedieMoments,
+)
 from undrift.denoise import potentials as module
 from undrift.diffusion import Diffusion
-from undrift.observe import CorrelatedNoise, GaussianNoise, LaplaceNoise, Matrix, Observation, PhaseRetrieval
+from undrift.observe import CorrelatedNoise, Darcy1d, GaussianNoise, LaplaceNoise, Matrix, Observation, PhaseRetrieval
 from undrift.process import CLD, PSLD, VP
 from undrift.sample import Ancestral, sample
 from undrift.space import Cosine, FunctionSpace, Matern
@@ -106,6 +114,27 @@ def test_exact_in_function_space(coordinates):
     torch.testing.assert_close(point, observation.log_likelihood(space.decode(x0)), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("coordinates", ["physical", "coefficients", "whitened"])
+def test_linearised_is_the_pseudo_inverse_of_the_operator_at_the_prediction(coordinates):
+    space = FunctionSpace(Cosine(), Matern(1.5, 4.0), coordinates)
+    x = space.encode(normal(4, 6, seed=12))
+    sigma = torch.tensor([0.05, 0.4, 1.0, 30.0], dtype=torch.float64)
+    flow, noise = Darcy1d((0.25, 0.5, 0.75)), GaussianNoise(0.1)
+    y = torch.tensor([0.2, 0.6, 0.7], dtype=torch.float64)
+
+    def prior(x, sigma):  # of data as the noise is
+        return x / (1 + sigma.reshape(-1, 1).square())
+
+    found = Guided(prior, Linearised(Observation(flow, noise, y), 1.0), space=space).parts(x, sigma)
+    for i in range(4):
+        field = space.decode(found.unguided[i : i + 1])
+        slope = flow.jacobian(field)[0]
+        lines = Observation(Matrix(slope), noise, y - flow(field)[0] + slope @ field[0])
+        want = Guided(prior, PseudoInverse(lines, 1.0), space=space).parts(x[i : i + 1], sigma[i : i + 1])
+        torch.testing.assert_close(found.guided[i : i + 1], want.guided, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.log_potential[i : i + 1], want.log_potential, rtol=1e-10, atol=1e-10)
+
+
 def test_a_potential_of_another_space_is_refused():
     space, observation = FunctionSpace(), Observation(Matrix(A), GAUSSIAN, Y)
     with pytest.raises(ValueError, match="leave the potential's space out"):
@@ -113,7 +142,7 @@ def test_a_potential_of_another_space_is_refused():
     assert Guided(GaussianDenoiser(MU, COV), PseudoInverse(observation), space=space).potential.space is space
 
 
-@pytest.mark.parametrize("kind", [PointEstimate, PseudoInverse, TweedieMoments])
+@pytest.mark.parametrize("kind", [PointEstimate, PseudoInverse, TweedieMoments, Linearised])
 def test_all_become_the_likelihood_as_the_noise_goes(kind):
     """Their errors are of order sigma^2 times the curvature of the likelihood, here below 1e-6."""
     prior = MixtureDenoiser(torch.tensor([1.0, 2.0]), normal(2, 5, seed=8), 0.5)
@@ -144,7 +173,7 @@ def test_the_normalised_step_is_the_gradient_of_the_norm():
     torch.testing.assert_close((got.guided - x0) * norm.unsqueeze(1), full.guided - x0, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [PointEstimate, PseudoInverse, TweedieMoments])
+@pytest.mark.parametrize("kind", [PointEstimate, PseudoInverse, TweedieMoments, Linearised])
 def test_observations_travel_with_the_samples(kind):
     ys = normal(5, 3, seed=11)
     prior, observation = GaussianDenoiser(MU, 0.3 * COV), Observation(Matrix(A), GAUSSIAN, Y)
@@ -161,7 +190,9 @@ def test_observations_travel_with_the_samples(kind):
 
 
 def test_gaussian_potentials_say_what_they_need():
-    with pytest.raises(ValueError, match="needs a linear operator, got a PhaseRetrieval; PointEstimate takes any"):
+    with pytest.raises(
+        ValueError, match="needs a linear operator, got a PhaseRetrieval; Linearised and PointEstimate take any"
+    ):
         PseudoInverse(Observation(PhaseRetrieval(), GaussianNoise(1.0), torch.ones(8)))
     for kind in (PseudoInverse, TweedieMoments):
         with pytest.raises(ValueError, match="needs Gaussian noise, got LaplaceNoise"):

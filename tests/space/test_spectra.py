@@ -169,6 +169,8 @@ def test_spaces_come_from_plain_data_and_from_fields():
     assert isinstance(build("White", Space), White)
     fields = torch.randn(10, 5, 6, generator=torch.Generator().manual_seed(5))
     assert FunctionSpace.of(fields).basis == Cosine(2)
+    assert FunctionSpace.of(fields).spectrum.alpha <= 1.5
+    assert isinstance(FunctionSpace.matched(fields).spectrum, EmpiricalSpectrum)
     with pytest.raises(ValueError, match="one number for each of the 6 modes"):
         EmpiricalSpectrum((1.0, 2.0), (2, 3), Matern())
     with pytest.raises(ValueError, match="N > 1"):

@@ -13,7 +13,7 @@ from undrift.denoise.free import ClassifierFree
 from undrift.denoise.guidance import Guided, Parts, Potential
 from undrift.denoise.known import Known
 from undrift.denoise.network import NetworkDenoiser
-from undrift.denoise.potentials import PointEstimate, PseudoInverse, TweedieMoments
+from undrift.denoise.potentials import Linearised, PointEstimate, PseudoInverse, TweedieMoments
 from undrift.denoise.spectral import SpectralDenoiser
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "GaussianDenoiser",
     "Guided",
     "Known",
+    "Linearised",
     "MixtureDenoiser",
     "NetworkClassifier",
     "NetworkDenoiser",

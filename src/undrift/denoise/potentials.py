@@ -1,4 +1,4 @@
-r"""Potentials of observations: what a prediction says of :math:`p_\sigma(y \mid \tilde x)`, in three approximations.
+r"""Potentials of observations: what a prediction says of :math:`p_\sigma(y \mid \tilde x)`, in four approximations.
 
 .. math:: p_\sigma(y \mid \tilde x) = \int p(y \mid x_0)\, p_\sigma(x_0 \mid \tilde x)\, dx_0
 
@@ -7,6 +7,7 @@ is out of reach; with D, the mean of :math:`p_\sigma(x_0 | \tilde x)`, it is rep
     PointEstimate     log p(y | D)                                the posterior is a point
     PseudoInverse     log N(y; A D, S_y + r^2 A C A')              covariance r^2 C, r^2 = sigma^2 v/(sigma^2 + v)
     TweedieMoments    log N(y; A D, S_y + A (sigma^2 C J') A')     the true covariance, J = dD / dx~
+    Linearised        PseudoInverse's, with A'(D) for A            for operators that are not linear
 
 All agree with the likelihood as sigma goes to 0. PseudoInverse is exact for data N(mu, v C), TweedieMoments for
 Gaussian data of any covariance. As published, the covariance is held fixed when the gradient is taken, so both cost one
@@ -38,7 +39,7 @@ from undrift.observe.noise import CorrelatedNoise, GaussianNoise
 from undrift.observe.observation import Observation
 from undrift.space import Space, White
 
-__all__ = ["PointEstimate", "PseudoInverse", "TweedieMoments"]
+__all__ = ["Linearised", "PointEstimate", "PseudoInverse", "TweedieMoments"]
 
 _DENSE = 1024  # numbers in an observation up to which PseudoInverse keeps the matrix A C A'
 
@@ -67,18 +68,14 @@ class _OfObservation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Linear(_OfObservation):
-    """Base of Gaussian potentials: a linear operator and Gaussian noise, whose root whitens the residual."""
+class _Gaussian(_OfObservation):
+    """Base of Gaussian potentials: Gaussian noise, whose root whitens the residual."""
 
     def __post_init__(self) -> None:
-        name, given = type(self).__name__, self.observation
-        if not given.linear:
+        noise = self.observation.noise
+        if not isinstance(noise, (GaussianNoise, CorrelatedNoise)):
             raise ValueError(
-                f"{name}: needs a linear operator, got a {type(given.operator).__name__}; PointEstimate takes any."
-            )
-        if not isinstance(given.noise, (GaussianNoise, CorrelatedNoise)):
-            raise ValueError(
-                f"{name}: needs Gaussian noise, got {type(given.noise).__name__}; PointEstimate takes any."
+                f"{type(self).__name__}: needs Gaussian noise, got {type(noise).__name__}; PointEstimate takes any."
             )
 
     def _root(self, data: torch.Size, device: torch.device) -> Tensor:
@@ -147,6 +144,19 @@ def _conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteratio
         p = r + torch.where(step > 0, new / rr.clamp(min=torch.finfo(rr.dtype).tiny), 0.0) * p
         rr = torch.where(step > 0, new, torch.zeros_like(rr))
     return x
+
+
+@dataclass(frozen=True, eq=False)
+class _Linear(_Gaussian):
+    """Base of those that are for linear operators."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.observation.linear:
+            raise ValueError(
+                f"{type(self).__name__}: needs a linear operator, got a {type(self.observation.operator).__name__}; "
+                "Linearised and PointEstimate take any."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +239,54 @@ class PseudoInverse(_Linear):
 
         weighted = _conjugate_gradients(matrix, white.detach(), white.shape[1], 1e-10)
         return _linearised(white, weighted, _log_det(root))
+
+
+@dataclass(frozen=True, eq=False)
+class Linearised(_Gaussian):
+    r"""PseudoInverse for operators that are not linear: :math:`\log N(y;\, A(D),\, S_y + r^2 A'(D)\, C A'(D)^\top)`.
+
+    The operator is linearised at the prediction, as an extended Kalman filter does, by one vector-Jacobian product of
+    it per number of the observation; the model is asked as often as by PointEstimate. Unlike that, it knows that a
+    prediction from much noise says little of the data, and so it serves as a twist where they are precise.
+
+    Args:
+        observation: any differentiable operator, Gaussian noise, at most 1024 numbers; ``observed`` in a call replaces
+            its y, (batch, *data).
+        prior_variance: v, in units of C, of :math:`r^2 = \sigma^2 v / (\sigma^2 + v)`.
+        space: where the points live; filled in by Guided.
+
+    Raises:
+        ValueError: for noise that is not Gaussian, a v that is not positive, or too many data.
+    """
+
+    prior_variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.prior_variance < math.inf:
+            raise ValueError(f"Linearised: prior_variance must be positive and finite, got {self.prior_variance}.")
+
+    def _spectrum(self, x0: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (batch, m) and vectors (batch, m, m) of A' C A'^T at x0, in units of the noise."""
+        with torch.enable_grad():
+            point = x0.detach().requires_grad_()
+            seen = _solve(root, self._operator(point).reshape(len(x0), -1).double())
+            m = seen.shape[1]
+            if m > _DENSE:
+                raise ValueError(f"Linearised: takes at most {_DENSE} data, got {m}; take PointEstimate.")
+            rows = [torch.autograd.grad(seen[:, i].sum(), point, retain_graph=i + 1 < m)[0] for i in range(m)]
+        spread = torch.stack([coloured(self.space or White(), row) for row in rows], 1).flatten(2).double()
+        gram = torch.stack(rows, 1).flatten(2).double() @ spread.mT
+        values, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
+        return values.clamp(min=0), vectors
+
+    def __call__(self, x: Tensor, sigma: Tensor, x0: Tensor, observed: Tensor | None = None) -> Tensor:
+        white, root, _ = self._white(x0, observed)
+        values, vectors = self._spectrum(x0, root)
+        variance = sigma.double().square().unsqueeze(-1)
+        scale = 1 + variance * self.prior_variance / (variance + self.prior_variance) * values
+        turned = (white.unsqueeze(1) @ vectors).squeeze(1)
+        return _log_normal(turned, turned / scale, _log_det(root) + scale.log().sum(1))
 
 
 def _linearised(white: Tensor, weighted: Tensor, log_det: Tensor) -> Tensor:

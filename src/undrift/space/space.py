@@ -134,14 +134,31 @@ class FunctionSpace(Space):
 
     @classmethod
     def of(cls, fields: Tensor, basis: Basis | None = None, coordinates: Coordinates = "physical") -> FunctionSpace:
-        """The space whose noise has the spectrum of the data: the default to reach for.
+        """Noise for data: a Matern fit to their spectrum, no smoother than alpha = (d + 1)/2.
+
+        What to train a network on. Noise as smooth as the data would reach every mode at the same level, and a network
+        would have to be right in modes that hold a millionth of the variance; see :meth:`matched`.
 
         Args:
             fields: data (N, ..., *grid), values on a grid, N > 1.
             basis: where to look at them; Cosine if None, of two dimensions if there are axes for it.
             coordinates: of the space.
         """
-        chosen = Cosine(min(2, fields.ndim - 1)) if basis is None else basis
+        chosen = _basis_for(fields, basis)
+        return cls(chosen, Matern.fit(fields, chosen, smoothest=(chosen.dims + 1) / 2), coordinates)
+
+    @classmethod
+    def matched(
+        cls, fields: Tensor, basis: Basis | None = None, coordinates: Coordinates = "physical"
+    ) -> FunctionSpace:
+        """Noise of the data's own spectrum, in which every mode of whitened data has variance 1.
+
+        What Langevin dynamics wants, whose steps are limited by the roughness of noise relative to the prior.
+
+        Args:
+            fields, basis, coordinates: see :meth:`of`.
+        """
+        chosen = _basis_for(fields, basis)
         return cls(chosen, EmpiricalSpectrum.of(fields, chosen), coordinates)
 
     @property
@@ -213,6 +230,10 @@ class FunctionSpace(Space):
     def in_coordinates(self, coordinates: Coordinates) -> FunctionSpace:
         """The same space in other coordinates."""
         return FunctionSpace(self.basis, self.spectrum, coordinates)
+
+
+def _basis_for(fields: Tensor, basis: Basis | None) -> Basis:
+    return Cosine(min(2, fields.ndim - 1)) if basis is None else basis
 
 
 def space_of(model: object, given: Space | None = None) -> Space:
