@@ -224,7 +224,7 @@ def test_functions_are_learned_on_the_spectrum_of_the_data_and_told_data_are_use
     model = read_file(out / "model.safetensors")[1]["model"]["denoiser"]
     assert model["network"]["type"] == "SpectralNet"
     assert model["network"]["condition_features"] == 2
-    assert model["space"]["spectrum"]["type"] == "Matern"
+    assert model["space"]["spectrum"]["type"] == "EmpiricalSpectrum"
     # the noise has the spectrum of the data, so their relative deviation is 1 but for modes at the floor
     assert model["sigma_data"] == pytest.approx(1, abs=0.01)
     assert run("sample", out, "--simulate", 3, "--n", 3, "--out", tmp_path / "s") == 0

@@ -29,6 +29,7 @@ from undrift.denoise import (
     ClassifierPotential,
     Guided,
     Known,
+    Linearised,
     PointEstimate,
     PseudoInverse,
     TweedieMoments,
@@ -54,6 +55,7 @@ _WORDS = {
     "dps": "guidance by the likelihood of the prediction (DPS)",
     "pigdm": "guidance by a Gaussian of fixed covariance (PiGDM)",
     "moments": "guidance by a Gaussian of Tweedie's covariance",
+    "linearised": "guidance by a Gaussian, the operator linearised at the prediction",
     "twisted": "twisted sequential Monte Carlo",
 }
 _NO_POSTERIOR = {
@@ -63,6 +65,7 @@ _NO_POSTERIOR = {
     "posterior where known and unknown parts depend on each other.",
     "dps": "Guidance by a point estimate is no draw of the posterior; twisted corrects it as particles grow.",
     "pigdm": "Guidance by a Gaussian is a draw of the posterior for data of that covariance only; twisted corrects it.",
+    "linearised": "Guidance by a Gaussian is no draw of the posterior; twisted corrects it as particles grow.",
     "moments": "Guidance by a Gaussian is a draw of the posterior for Gaussian data only; twisted corrects it.",
 }
 
@@ -239,8 +242,9 @@ def _method(run: SampleRun, checkpoint: Checkpoint) -> Method | None:
         if run.data is not None:
             raise ConfigError("data: needs the operator that sees them, as in --observe '{type: Blur, width: 0.1}'.")
         return None
-    linear = isinstance(run.observe, LinearOperator) and isinstance(run.noise, (GaussianNoise, CorrelatedNoise))
-    return "moments" if linear else "dps"
+    if not isinstance(run.noise, (GaussianNoise, CorrelatedNoise)):
+        return "dps"
+    return "moments" if isinstance(run.observe, LinearOperator) else "linearised"
 
 
 def _told(
@@ -347,17 +351,19 @@ def _check_dropped(checkpoint: Checkpoint) -> None:
 
 
 def _twisting(observation: Observation) -> Twisting:
-    gaussian = isinstance(observation.noise, (GaussianNoise, CorrelatedNoise))
-    return "moments" if observation.linear and gaussian else "dps"
+    if not isinstance(observation.noise, (GaussianNoise, CorrelatedNoise)):
+        return "dps"
+    return "moments" if observation.linear else "linearised"
 
 
 def potential_of(name: Twisting | None, observation: Observation, variance: float) -> Any:
-    """The potential of a name; None for moments where they exist, or dps.
+    """The potential of a name; None for moments, for linearised where an operator is not linear, or for dps where noise
+    is not Gaussian.
 
     Args:
         name: of the potential.
         observation: what was seen.
-        variance: of the data in units of the noise's, for pigdm.
+        variance: of the data in units of the noise's, for pigdm and linearised.
 
     Raises:
         ConfigError: if it does not exist for this operator and noise.
@@ -366,6 +372,8 @@ def potential_of(name: Twisting | None, observation: Observation, variance: floa
     try:
         if name == "dps":
             return PointEstimate(observation)
+        if name == "linearised":
+            return Linearised(observation, prior_variance=variance)
         if name == "pigdm":
             return PseudoInverse(observation, prior_variance=variance)
         return TweedieMoments(observation)

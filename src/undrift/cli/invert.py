@@ -29,7 +29,7 @@ from undrift.inverse import (
     Scheme,
     StepTooLarge,
 )
-from undrift.observe import CorrelatedNoise, Darcy1d, GaussianNoise, LinearOperator, Noise, Observation, Operator
+from undrift.observe import CorrelatedNoise, Darcy1d, GaussianNoise, Noise, Observation, Operator
 from undrift.process import VP, LinearProcess
 from undrift.report import text_table, write_report
 from undrift.report.inverse import quantities_table
@@ -59,9 +59,9 @@ class InvertRun:
         truth: npz file (x) of the truth, where it is known; null, without data, for one drawn from the prior.
         simulate: index of a point of the source, as the truth.
         source: where that truth comes from; null for the data that the run was trained on.
-        method: pcn, Metropolised chains, exact for a prior with a known density (the default of one); langevin,
-            unadjusted chains (the default of a run, but where operator and noise are linear and Gaussian); tempered,
-            particles from prior to posterior; twisted, particles along the reverse diffusion (the default there).
+        method: pcn, Metropolised chains, exact for a prior with a known density (the default of one); twisted,
+            particles along the reverse diffusion (the default of a run, where noise is Gaussian); tempered, particles
+            from prior to posterior; langevin, unadjusted chains.
         steps: of each chain, warm-up included; null for 4000.
         chains: how many.
         informed: give chains moves of the posterior's shape at its mode, by Gauss-Newton, and not of the prior's.
@@ -75,7 +75,8 @@ class InvertRun:
         runs: independent runs of particles.
         process: of twisted sampling; null for the run's own, or VP.
         sampler: of twisted sampling, and of the draws of a run's prior.
-        potential: what twisted sampling is twisted by; null for moments where they exist, or dps.
+        potential: what twisted sampling is twisted by; null for moments, for linearised where the
+            operator is not linear, or for dps where the noise is not Gaussian.
         strength: of the guidance that proposes particles; the posterior does not depend on it.
         calibrate: for how many truths of the prior to solve the problem again, and to rank each among the draws of its
             posterior.
@@ -119,7 +120,7 @@ class InvertRun:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        gaussian = isinstance(self.observe, LinearOperator) and isinstance(self.noise, GaussianNoise | CorrelatedNoise)
+        gaussian = isinstance(self.noise, GaussianNoise | CorrelatedNoise)
         method = self.method or ("pcn" if self.run is None else "twisted" if gaussian else "langevin")
         default = InvertRun.__dataclass_fields__
         for wrong, message in (

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OF_PARTS", "Method", "Twisting", "check"]
 
-Method = Literal["known", "replace", "amortised", "dps", "pigdm", "moments", "twisted"]
-Twisting = Literal["dps", "pigdm", "moments"]
+Method = Literal["known", "replace", "amortised", "dps", "pigdm", "moments", "linearised", "twisted"]
+Twisting = Literal["dps", "pigdm", "moments", "linearised"]
 
 OF_PARTS = ("known", "replace")
 """Methods of a known part, which is taken as exact; the others have a likelihood."""
@@ -86,8 +86,8 @@ def check(run: SampleRun) -> None:
         ),
         (
             run.observe is not None and run.method in OF_PARTS,
-            f"method: {run.method} is for a known part, --known and --mask; observations take dps, pigdm, moments or "
-            "twisted.",
+            f"method: {run.method} is for a known part, --known and --mask; observations take dps, pigdm, moments, "
+            "linearised or twisted.",
         ),
         (part and run.method == "amortised", "method: amortised is for networks that are told data; give --observe."),
         (

@@ -61,10 +61,11 @@ class SampleRun:
         source: where that truth comes from; null for the data that the run was trained on.
         truth: file of the truth, as of known: data are simulated of it if there are none, and errors are told.
         method: of a known part, known (prediction with it in place; the default) or replace (drawn anew at every
-            step); of anything with a likelihood, guidance by dps, pigdm or moments (the default where operator and
-            noise are linear and Gaussian), or twisted sampling, which is right as particles grow; amortised for a
-            network that is told the data.
-        potential: what twisted sampling is twisted by; null for moments where they exist, or dps.
+            step); of anything with a likelihood, guidance by dps, pigdm, moments (the default where operator and
+            noise are linear and Gaussian) or linearised (where the noise is Gaussian), or twisted sampling, which is
+            right as particles grow; amortised for a network that is told the data.
+        potential: what twisted sampling is twisted by; null for moments, for linearised where the
+            operator is not linear, or for dps where the noise is not Gaussian.
         particles: of a run of twisted sampling; null for 256.
         runs: independent runs of twisted sampling; null for 2.
         seed: of the noise.

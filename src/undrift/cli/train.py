@@ -66,8 +66,9 @@ class TrainRun:
             EvidenceBound either, by the bound of one process, and the process with it if that is learned;
             SpectralDenoising a denoiser of functions that is preconditioned mode by mode; Classification a classifier
             of noisy points, which guides samples of another run to a class.
-        space: where the points live: White, a FunctionSpace, whose noise is a function, or "data", the functions whose
-            noise has the spectrum of the data (in one dimension for points (n,), in two for (n1, n2) and (C, n1, n2)).
+        space: where the points live: White, a FunctionSpace, whose noise is a function, "data", whose noise is a Matern
+            fit to the data but rough enough to learn in every mode, or "matched", whose noise has the spectrum of the
+            data (in one dimension for points (n,), in two for (n1, n2) and (C, n1, n2)).
         model: denoiser or noise; null for what the objective trains, for EvidenceBound a denoiser.
         process: for NoiseMatching and EvidenceBound, the process; "learned" begins a LearnedProcess at its defaults.
             With Denoising only the process that the report shows.
@@ -85,7 +86,7 @@ class TrainRun:
     data: DataSource = field(default_factory=Digits)
     network: Network | ClassifierNetwork | None = None
     objective: Objective = field(default_factory=Denoising)
-    space: Literal["data"] | Space | None = None
+    space: Literal["data", "matched"] | Space | None = None
     model: Literal["denoiser", "noise"] | None = None
     process: LinearProcess | None = None
     kernel: Literal["hsm", "dsm"] = "hsm"
@@ -246,10 +247,10 @@ class TrainRun:
         if len(data.event) < dims or data.pixels is not None:
             what = "dequantised pixels" if data.pixels is not None else f"points of shape {data.event}"
             raise ConfigError(f"space: {data.name} holds {what}, no functions of {dims} variable{'s' * (dims > 1)}.")
-        if self.space != "data":
+        if isinstance(self.space, Space):
             return self.space
         try:
-            return FunctionSpace.of(data.x)
+            return FunctionSpace.of(data.x) if self.space == "data" else FunctionSpace.matched(data.x)
         except ValueError as error:
             raise ConfigError(f"space: {error}") from error
 
