@@ -130,7 +130,7 @@ class Draws:
 
     @cached_property
     def ess(self) -> float | None:
-        """Effective number of draws: Kish's for weighted walkers, the least bulk ESS over coordinates for chains.
+        """Effective number of draws, Kish's for weighted walkers and the least bulk ESS over coordinates for chains.
 
         None for draws that no correction makes draws of the target: a number would promise what they do not keep.
         """

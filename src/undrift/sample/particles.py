@@ -56,7 +56,7 @@ class Particles:
 
     @property
     def ess(self) -> float:
-        """Effective number of draws, of all runs together, by their weights; kinship is not counted: see ancestors."""
+        """Effective number of draws, of all runs together, by their weights; kinship is not counted, see ancestors."""
         return float(effective_sample_size(self.log_weights))
 
     @property
