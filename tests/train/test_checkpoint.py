@@ -7,10 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from undrift.denoise import NetworkDenoiser
+from undrift.denoise import NetworkDenoiser, SpectralDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.networks import MLP, UNet
 from undrift.process import PSLD, VP, CallableClock
+from undrift.space import Blurring, FunctionSpace, Matern, Sine
 from undrift.train import CheckpointError, load, notes, save
 
 
@@ -47,6 +48,22 @@ def test_a_loaded_model_equals_the_saved_one(tmp_path, kind):
         z = torch.randn(5, 2, 2)
         assert torch.equal(again.score(z, 0.3), model.score(z, 0.3))
         assert torch.equal(again.predict(z, 0.3), model.predict(z, 0.3))
+
+
+@pytest.mark.parametrize("coordinates", ["physical", "whitened"])
+def test_a_loaded_model_lives_where_the_saved_one_did(tmp_path, coordinates):
+    torch.manual_seed(0)
+    space = FunctionSpace(Sine(), Matern(1.5, 4.0), coordinates)
+    net, joint = shaken(MLP(3, width=8, depth=1)), shaken(MLP(6, width=8, depth=1))
+    z = torch.randn(5, 2, 3)
+    for model in (NoiseDiffusion(PSLD(), joint, space=space), Diffusion(PSLD(), NetworkDenoiser(net, space=space))):
+        save(tmp_path / "m.safetensors", model)
+        again = load(tmp_path / "m.safetensors")
+        assert again.space.coordinates == coordinates
+        assert torch.equal(again.score(z, 0.3), model.score(z, 0.3))
+    blurred = SpectralDenoiser(net, space, Matern(2.0, 5.0), Blurring(width=0.2))
+    save(tmp_path / "m.safetensors", blurred)
+    assert torch.equal(load(tmp_path / "m.safetensors")(z[:, 0], 0.3), blurred(z[:, 0], 0.3))
 
 
 def test_channels_last_weights_survive(tmp_path):

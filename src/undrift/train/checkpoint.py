@@ -25,6 +25,7 @@ from undrift.networks.base import Network
 from undrift.networks.classifier import ClassifierNetwork
 from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.process.linear import LinearProcess
+from undrift.space import Space
 
 __all__ = ["Model", "describe_model", "load", "network_of", "notes", "parts_of", "save", "with_parts"]
 
@@ -104,6 +105,7 @@ def describe_model(model: Model) -> dict[str, Any]:
                 "process": describe(model.process, "process"),
                 "network": describe(model.network, "network"),
                 **settings,
+                "space": describe(model.space, "space"),
             }
         }
     if isinstance(model, Diffusion):
@@ -118,7 +120,9 @@ def build_model(description: Mapping[str, Any]) -> Model:
     if "noise" in description:
         parts = dict(description["noise"])
         process = build(parts.pop("process"), LinearProcess, "noise.process")
-        return NoiseDiffusion(process, build(parts.pop("network"), Network, "noise.network"), **parts)
+        space = build(parts.pop("space"), Space, "noise.space") if "space" in parts else None
+        network = build(parts.pop("network"), Network, "noise.network")
+        return NoiseDiffusion(process, network, **parts, space=space)
     if "classifier" in description:
         return build(description["classifier"], NetworkClassifier, "classifier")
     denoiser = build(description["denoiser"], NetworkDenoiser, "denoiser")
