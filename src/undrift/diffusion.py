@@ -54,6 +54,9 @@ class Diffusion:
         process: any linear process.
         denoiser: any denoiser, whatever process or noise levels it was made with.
         space: where the points live and the colour of their noise; by default the denoiser's, if it has one, or White.
+
+    Raises:
+        ValueError: if the denoiser has a clock of modes, which is a ModalDiffusion's.
     """
 
     process: LinearProcess
@@ -62,6 +65,11 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "space", space_of(self.denoiser, self.space))
+        if getattr(self.denoiser, "clock", None) is not None:
+            raise ValueError(
+                f"Diffusion: the {type(self.denoiser).__name__} was made with a modal clock, on which every mode has a "
+                "level of its own; give it to a ModalDiffusion."
+            )
 
     @property
     def predictions(self) -> int:

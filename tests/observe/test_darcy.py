@@ -134,3 +134,10 @@ def test_descriptions():
     u = draw(1, 4, 4)
     assert torch.equal(build(plain, Operator)(u), operator(u))
     torch.testing.assert_close(operator(u), Points(operator.locations)(Darcy2d(forcing=2.0)(u)), rtol=0, atol=0)
+
+
+def test_too_few_axes_are_named():
+    with pytest.raises(ValueError, match=r"Darcy2d: an event needs 2 axes, got \(6,\)"):
+        Darcy2d()(draw(3, 6))
+    with pytest.raises(ValueError, match=r"Darcy1d: an event needs 1 axis, got \(\)"):
+        Darcy1d()(draw(3))

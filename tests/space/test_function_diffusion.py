@@ -5,15 +5,24 @@ import math
 import pytest
 import torch
 
-from undrift.denoise import FieldGaussian, GaussianDenoiser, NetworkDenoiser, OnFunctions
+from undrift.denoise import (
+    FieldGaussian,
+    GaussianDenoiser,
+    Guided,
+    NetworkDenoiser,
+    OnFunctions,
+    PointEstimate,
+    SpectralDenoiser,
+)
 from undrift.design import Spectrum, propagate
 from undrift.diffusion import Diffusion
-from undrift.networks import MLP
+from undrift.networks import MLP, SpectralNet
+from undrift.observe import GaussianNoise, Observation, Points
 from undrift.process import CLD, PSLD, VE, VP
 from undrift.process.linear import mix
 from undrift.sample import SSCS, Ancestral, Exponential, ProbabilityFlow, Rho, sample
 from undrift.sample.run import run_plan
-from undrift.space import Cosine, Fourier, FunctionSpace, Matern, Sine
+from undrift.space import Blurring, Cosine, Fourier, FunctionSpace, Matern, Sine
 from undrift.train import Denoising
 
 COORDINATES = ("physical", "coefficients", "whitened")
@@ -198,3 +207,30 @@ def test_misuse_is_named():
         OnFunctions(inner, space)
     with pytest.raises(ValueError, match="not trace class in 2 dimensions"):
         FieldGaussian(FunctionSpace(Cosine(2)), NOISE)
+
+
+def test_spaces_are_equal_by_value_and_a_potential_knows_its_own_again():
+    space, again = (FunctionSpace(Cosine(), NOISE) for _ in range(2))
+    assert space == again
+    assert space != again.in_coordinates("whitened")
+    assert space != FunctionSpace(Cosine(), DATA)
+    observation = Observation(Points((0.3,)), GaussianNoise(0.1), torch.ones(1))
+    guided = Guided(FieldGaussian(space, DATA), PointEstimate(observation, space=again))
+    assert guided(torch.ones(2, 5), 0.5).isfinite().all()
+
+
+def test_what_is_kept_in_inference_mode_serves_training():
+    space, places = FunctionSpace(Cosine(), NOISE), Points((0.21, 0.43))
+    network = SpectralNet(Cosine(), width=4, modes=4, depth=1)
+    x = torch.ones(2, 5)
+    with torch.inference_mode():
+        space.power(x, -1.0), places(x.double()), network(x, torch.zeros(2))
+    point = x.requires_grad_()
+    (space.norm2(point, 1.0).sum() + places(point.double()).sum() + network(point, torch.zeros(2)).sum()).backward()
+    assert point.grad.isfinite().all()
+
+
+def test_a_denoiser_on_a_clock_of_modes_is_no_diffusion_on_one_clock():
+    space = FunctionSpace(Cosine(), NOISE)
+    with pytest.raises(ValueError, match="give it to a ModalDiffusion"):
+        Diffusion(VP(), SpectralDenoiser(SpectralNet(width=4, modes=4, depth=1), space, clock=Blurring()))

@@ -175,3 +175,13 @@ def test_spaces_come_from_plain_data_and_from_fields():
         EmpiricalSpectrum((1.0, 2.0), (2, 3), Matern())
     with pytest.raises(ValueError, match="N > 1"):
         FunctionSpace.of(fields[:1])
+
+
+def test_fields_without_a_spectrum_are_named():
+    for fields in (torch.ones(5, 16), torch.zeros(3, 2, 4)):
+        with pytest.raises(ValueError, match="fields that differ"):
+            Matern.fit(fields, Cosine())
+    with pytest.raises(ValueError, match="of two modes or more"):
+        Matern.fit(torch.randn(5, 1), Cosine())
+    with pytest.raises(ValueError, match=r"got shape \(5,\)"):
+        FunctionSpace.of(torch.ones(5))

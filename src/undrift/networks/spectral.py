@@ -41,9 +41,10 @@ class _Transform:
     def _matrices(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
         key = (n, like.dtype, like.device)
         if key not in self._kept:
-            m, eye = min(n, self.modes), torch.eye(n, dtype=torch.float64)
-            analysis = self.axis.analyse(eye)[:, :m]  # row i: coefficients of the i-th point's unit vector
-            self._kept[key] = analysis.to(like), self.axis.synthesise(eye)[:m].to(like)
+            with torch.inference_mode(False):  # what is kept may serve training later
+                m, eye = min(n, self.modes), torch.eye(n, dtype=torch.float64)
+                analysis = self.axis.analyse(eye)[:, :m]  # row i: coefficients of the i-th point's unit vector
+                self._kept[key] = analysis.to(like), self.axis.synthesise(eye)[:m].to(like)
         return self._kept[key]
 
     def analyse(self, h: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Darcy1d(Operator):
         return None if self.locations is None else (len(self.locations),)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_axes(x, 1, "Darcy1d")
         weights = torch.softmax(-x, -1)
         if self.locations is None:
             return weights.cumsum(-1)
@@ -69,7 +70,13 @@ class Darcy1d(Operator):
             return -weights * (above - (weights * above).sum(-1, keepdim=True))
 
 
+def _check_axes(x: Tensor, dims: int, owner: str) -> None:
+    if x.ndim <= dims:
+        raise ValueError(f"{owner}: an event needs {dims} {'axis' if dims == 1 else 'axes'}, got {tuple(x.shape[1:])}.")
+
+
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may serve training later
 def _covered(locations: Sequence[float], n: int) -> Tensor:
     """The fraction of each of n cells that lies to the left of a location, (places, n), float64."""
     s = torch.tensor(locations, dtype=torch.float64)
@@ -105,6 +112,7 @@ class Darcy2d(Operator):
         return None if self.locations is None else (len(self.locations),)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_axes(x, 2, "Darcy2d")
         p = self.pressure(x)
         return p if self.locations is None else Points(self.locations)(p)
 

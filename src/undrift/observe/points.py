@@ -221,6 +221,7 @@ def places(locations: Sequence[float | Sequence[float]], owner: str) -> tuple[tu
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept may serve training later
 def interpolation(s: tuple[float, ...], n: int, kind: type[Basis] | None) -> Tensor:
     """Weights (places, n) of the values on n midpoints that give the values at s: linear, or of a basis. float64."""
     at = torch.tensor(s, dtype=torch.float64)

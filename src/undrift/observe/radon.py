@@ -82,6 +82,7 @@ class Radon(LinearOperator):
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may serve training later
 def _torch_beams(
     theta: tuple[float, ...],
     detectors: int,

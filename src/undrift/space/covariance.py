@@ -238,6 +238,11 @@ def _spectrum(fields: Tensor, basis: Basis) -> Tensor:
     measured = measured.reshape(-1, *basis.grid(fields.shape)).mean(0)
     if not bool(measured.isfinite().all()):
         raise ValueError("a spectrum is measured on finite fields; these hold values that are not.")
+    if measured.numel() < 2 or float(measured.max()) == 0:
+        raise ValueError(
+            f"a spectrum is measured on fields that differ, of two modes or more; these {fields.shape[0]} of shape "
+            f"{tuple(fields.shape[1:])} do not."
+        )
     return measured.clamp(min=1e-12 * float(measured.max()))
 
 

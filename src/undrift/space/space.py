@@ -99,7 +99,7 @@ class White(Space):
         return v.reshape(v.shape[0], -1).square().sum(1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class FunctionSpace(Space):
     r"""Functions on a grid of the unit cube, with noise that is a function.
 
@@ -173,7 +173,8 @@ class FunctionSpace(Space):
         kept: dict[object, Tensor] = self._kept  # type: ignore[attr-defined]
         key = (grid, exponent, like.dtype, like.device)
         if key not in kept:
-            kept[key] = self.spectrum.variances(self.basis, grid).pow(exponent).to(like)
+            with torch.inference_mode(False):  # what is kept may serve training later
+                kept[key] = self.spectrum.variances(self.basis, grid).pow(exponent).to(like)
         return kept[key]
 
     def _lambda(self, v: Tensor, exponent: float) -> Tensor:
@@ -233,7 +234,7 @@ class FunctionSpace(Space):
 
 
 def _basis_for(fields: Tensor, basis: Basis | None) -> Basis:
-    return Cosine(min(2, fields.ndim - 1)) if basis is None else basis
+    return Cosine(max(1, min(2, fields.ndim - 1))) if basis is None else basis
 
 
 def space_of(model: object, given: Space | None = None) -> Space:
