@@ -126,3 +126,15 @@ def test_ranks_by_hand():
     assert float(chisquare(tied.ranks.flatten().bincount(minlength=3)).pvalue) > 1e-3
     with pytest.raises(ValueError, match="are needed"):
         calibrate(truths, truths)
+
+
+def test_an_observation_of_each_particle_is_refused():
+    space = FunctionSpace(Cosine(), Matern(2.0, 3.0))
+    prior = FieldMixture(space)
+    x = prior.sample(4, (8,), torch.Generator().manual_seed(0))
+    for y, shared in ((torch.ones(4, 2), False), (torch.ones(2), True), (torch.ones(1, 2), True)):
+        observation = Observation(Points(PLACES), GaussianNoise(STD), y)
+        assert observation.shared(x) is shared
+    observation = Observation(Points(PLACES), GaussianNoise(STD), torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"data of shape \(4, 2\) are one observation for each particle"):
+        tempered(Posterior(prior, observation), x)

@@ -289,6 +289,11 @@ def blind_to_position():
     return refused(diffusion=Diffusion(process, never), sampler=dataclasses.replace(plan, L=noise))
 
 
+def of_each(particles):
+    observation = Observation(Matrix(torch.ones(1, 1)), GaussianNoise(NOISE), torch.ones(particles, 1))
+    return twisted(Diffusion(VP(), never), observation, None, particles, (1,), Ancestral(3), 0)
+
+
 BAD = [
     (lambda: refused(sampler=Exponential(4)), "the steps of Exponential draw no noise"),
     (lambda: refused(sampler=ProbabilityFlow()), "must be a table that draws noise"),
@@ -302,6 +307,7 @@ BAD = [
     (lambda: refused(resample=1.5), r"in \[0, 1\], got 1.5"),
     (lambda: refused(strength=math.nan), "strength must be finite"),
     (lambda: refused(label=torch.arange(4)), "label differs between particles"),
+    (lambda: of_each(4), r"data of shape \(4, 1\) are one observation for each particle"),
 ]
 
 

@@ -32,6 +32,7 @@ from undrift.inverse.pcn import Kernel
 from undrift.inverse.posterior import Posterior
 from undrift.inverse.preconditioner import PriorCovariance
 from undrift.inverse.step import StepTooLarge, check_step
+from undrift.observe import Observation
 from undrift.sample.particles import Particles
 
 __all__ = ["LangevinMoves", "PCNMoves", "tempered"]
@@ -119,6 +120,12 @@ def tempered(
     """
     if runs < 1 or len(draws) % runs or len(draws) < 2 * runs:
         raise ValueError(f"tempered: {len(draws)} draws cannot be {runs} runs of at least two particles each.")
+    observation = posterior.likelihood
+    if isinstance(observation, Observation) and not observation.shared(posterior.space.decode(draws[:1])):
+        raise ValueError(
+            f"tempered: data of shape {tuple(observation.y.shape)} are one observation for each particle, and "
+            "particles trade places when they are resampled; call tempered once for each observation."
+        )
     if moves is None:
         if getattr(posterior.prior, "log_ratio", None) is None:
             raise ValueError(

@@ -67,6 +67,11 @@ class Observation:
         """The data without noise, (batch, *data), of x (batch, *event)."""
         return self.operator(x)
 
+    def shared(self, x: Tensor) -> bool:
+        """Whether the data are one observation for all of a batch, and not one for each of x (batch, *event)."""
+        with torch.no_grad():
+            return self.y.ndim < self.operator(x[:1]).ndim or len(self.y) == 1
+
     def log_likelihood(self, x: Tensor) -> Tensor:
         """log p(y | x), normalised over y: (batch,), float64, differentiable in x (batch, *event).
 

@@ -43,6 +43,7 @@ from tqdm import tqdm
 from undrift._weights import ancestors, effective_sample_size, log_mean_exp
 from undrift.denoise.guidance import Guided, Parts, Potential
 from undrift.diffusion import Diffusion
+from undrift.observe import Observation
 from undrift.process.linear import mix
 from undrift.sample.particles import Particles
 from undrift.sample.plan import Plan, TableSampler
@@ -117,6 +118,13 @@ def twisted(
             raise ValueError(
                 f"twisted: {key} differs between particles, which trade places when they are resampled; call twisted "
                 "once for each condition."
+            )
+    if isinstance(likelihood, Observation):
+        some = diffusion.space.decode(torch.zeros(1, *shape, dtype=dtype, device=place))
+        if not likelihood.shared(some):
+            raise ValueError(
+                f"twisted: data of shape {tuple(likelihood.y.shape)} are one observation for each particle, and "
+                "particles trade places when they are resampled; call twisted once for each observation."
             )
     walk = _Walk(diffusion, likelihood, potential, strength, plan, min(batch or total, total), condition)
     generator = _generator(seed, place)
