@@ -131,3 +131,10 @@ def test_what_does_not_fit_is_said_before_any_walk():
         sample(diffusion, 1, (8,), Heun(steps=4, churn=3.0))
     with pytest.raises(ValueError, match="floor must lie"):
         Blurring(floor=0.0)
+
+
+def test_stages_inside_a_step_are_no_states_of_the_walk():
+    diffusion = ModalDiffusion(VP(), denoiser(FunctionSpace(Cosine(), Matern(1.5, 3.0)), Blurring()))
+    walk = sample(diffusion, 2, (5,), Heun(steps=4), 0, trajectory=True)
+    assert len(walk.states) == len(walk.times) == 5
+    assert bool((walk.times.diff() < 0).all())

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undrift._linalg import as_f64
 from undrift.modal_diffusion import ModalDiffusion
 from undrift.sample.plan import Plan, TableSampler
 
@@ -67,6 +66,7 @@ def modal_plan(diffusion: ModalDiffusion, sampler: TableSampler, shape: Sequence
     labels = at @ levels
     final = sampler.final != "none"
     after = torch.cat([labels[1:], torch.zeros(1, dtype=torch.float64) if final else levels[-1:]])
+    after = torch.where(tables[0].after.isnan(), torch.nan, after)  # stages inside a step
 
     def over_modes(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(parts), -1)[..., which].unflatten(-1, grid)
@@ -79,7 +79,7 @@ def modal_plan(diffusion: ModalDiffusion, sampler: TableSampler, shape: Sequence
         B=over_modes([t.B for t in tables]),
         L=over_modes([t.L for t in tables]),
         prior=over_modes([t.prior for t in tables]),
-        after=as_f64(after),
+        after=after,
         start=levels[0],
         lead=(over_modes([t.lead[0] for t in tables]), over_modes([t.lead[1] for t in tables])),
         rows=readings,

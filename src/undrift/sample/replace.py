@@ -62,7 +62,7 @@ class Replace:
         mask, values = torch.as_tensor(self.mask), torch.as_tensor(self.values)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("Replace: mask must hold 0 (unknown) and 1 (known) only.")
-        if not bool(torch.where(mask.bool(), values, 0.0).isfinite().all()):
+        if not bool(torch.where(mask.bool().to(values.device), values, 0.0).isfinite().all()):
             raise ValueError("Replace: the known values must be finite; mark what is missing in the mask.")
         object.__setattr__(self, "mask", mask.bool())
         object.__setattr__(self, "values", values)
@@ -87,7 +87,7 @@ class Replace:
             if i and not bool(torch.isfinite(plan.after[i - 1])):
                 return z  # a stage inside a step
             known = values[first : first + len(z)] if each else values.expand(len(z), *event)
-            known = torch.where(mask, known, 0.0).to(z).unsqueeze(1)
+            known = torch.where(mask.to(known.device), known, 0.0).to(z).unsqueeze(1)
             noise = space.colour(torch.empty_like(z).normal_(generator=generator))
             drawn = mix(torch.cat([means[i].unsqueeze(-1), roots[i]], -1), torch.cat([known, noise], 1))
             return torch.where(mask.to(z.device), drawn, z)
