@@ -13,6 +13,7 @@ from undrift.networks import MLP, UNet
 from undrift.process import PSLD, VP, CallableClock
 from undrift.space import Blurring, FunctionSpace, Matern, Sine
 from undrift.train import CheckpointError, load, notes, save
+from undrift.train.checkpoint import parts_of, with_parts
 
 
 def shaken(network):
@@ -61,6 +62,10 @@ def test_a_loaded_model_lives_where_the_saved_one_did(tmp_path, coordinates):
         again = load(tmp_path / "m.safetensors")
         assert again.space.coordinates == coordinates
         assert torch.equal(again.score(z, 0.3), model.score(z, 0.3))
+    apart = Diffusion(PSLD(), NetworkDenoiser(net), space)
+    save(tmp_path / "m.safetensors", apart)
+    assert load(tmp_path / "m.safetensors").space == space
+    assert with_parts(apart, parts_of(apart)).space == space
     blurred = SpectralDenoiser(net, space, Matern(2.0, 5.0), Blurring(width=0.2))
     save(tmp_path / "m.safetensors", blurred)
     assert torch.equal(load(tmp_path / "m.safetensors")(z[:, 0], 0.3), blurred(z[:, 0], 0.3))

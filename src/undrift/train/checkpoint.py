@@ -25,7 +25,7 @@ from undrift.networks.base import Network
 from undrift.networks.classifier import ClassifierNetwork
 from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.process.linear import LinearProcess
-from undrift.space import Space
+from undrift.space import Space, space_of
 
 __all__ = ["Model", "describe_model", "load", "network_of", "notes", "parts_of", "save", "with_parts"]
 
@@ -86,7 +86,8 @@ def with_parts(model: Model, parts: nn.ModuleDict) -> Model:
     process = cast(LinearProcess, parts["process"]) if "process" in parts else model.process
     if isinstance(model, NoiseDiffusion):
         return NoiseDiffusion(process, network, model.kernel, model.factor, model.mixed, model.data_std, model.space)
-    return Diffusion(process, cast(NetworkDenoiser, with_parts(cast(NetworkDenoiser, model.denoiser), parts)))
+    denoiser = cast(NetworkDenoiser, with_parts(cast(NetworkDenoiser, model.denoiser), parts))
+    return Diffusion(process, denoiser, model.space)
 
 
 def describe_model(model: Model) -> dict[str, Any]:
@@ -109,7 +110,8 @@ def describe_model(model: Model) -> dict[str, Any]:
             }
         }
     if isinstance(model, Diffusion):
-        return {"denoiser": describe(model.denoiser, "denoiser"), "process": describe(model.process, "process")}
+        own = {} if model.space == space_of(model.denoiser) else {"space": describe(model.space, "space")}
+        return {"denoiser": describe(model.denoiser, "denoiser"), "process": describe(model.process, "process"), **own}
     if isinstance(model, NetworkClassifier):
         return {"classifier": describe(model, "classifier")}
     return {"denoiser": describe(model, "denoiser")}
@@ -127,7 +129,8 @@ def build_model(description: Mapping[str, Any]) -> Model:
         return build(description["classifier"], NetworkClassifier, "classifier")
     denoiser = build(description["denoiser"], NetworkDenoiser, "denoiser")
     if "process" in description:
-        return Diffusion(build(description["process"], LinearProcess, "process"), denoiser)
+        own = {"space": build(description["space"], Space, "space")} if "space" in description else {}
+        return Diffusion(build(description["process"], LinearProcess, "process"), denoiser, **own)
     return denoiser
 
 
