@@ -296,3 +296,31 @@ def test_invert_takes_a_run_as_the_prior_on_a_finer_grid(folder, tmp_path, capsy
         assert code == 2, wrong
         err = capsys.readouterr().err
         assert err.startswith(f"undrift: {said}") or "not trace class" in err, err
+
+
+def test_noise_of_the_data_is_not_that_of_the_sampler(folder, tmp_path):
+    out = tmp_path / "o"
+    flags = [folder / "images.safetensors", "--truth", folder / "truth.npz", "--observe", "Identity", *NOISE]
+    assert run("sample", *flags, "--method", "dps", "--n", 1, "--sampler.steps", 2, "--seed", 3, "--out", out) == 0
+    record = PosteriorRecord.load(out)
+    noise = (record.y - record.truth) / 0.5
+    drawn = torch.empty(1, 1, 1, 4, 4).normal_(generator=torch.Generator().manual_seed(3))
+    assert float((noise.float() - drawn[0, 0]).abs().max()) > 0.1
+
+
+def test_what_invert_cannot_begin_with_is_said_before_results_are_replaced(tmp_path, capsys):
+    (tmp_path / "posterior.json").write_text("kept")
+    for flags, said in (
+        (["--method", "twisted", "--potential", "moments"], "method: TweedieMoments: needs a linear operator"),
+        (
+            ["--method", "twisted", "--potential", "linearised", "--grid", "[1100]", "--observe", "Identity"],
+            "potential",
+        ),
+        (["--method", "langevin", "--step", -1], "step: must be positive"),
+        (["--method", "langevin", "--trust", 0], "trust: must be positive"),
+        (["--method", "langevin", "--annealing", "{tau_start: 1, share: 1}"], "annealing: takes the whole run"),
+        (["--observe", "Darcy2d"], "observe: Darcy2d does not fit events of shape (64,)"),
+    ):
+        assert run("invert", *flags, "--out", tmp_path, "--overwrite") == 2, flags
+        assert capsys.readouterr().err.startswith(f"undrift: {said}"), flags
+        assert (tmp_path / "posterior.json").read_text() == "kept"

@@ -46,7 +46,7 @@ from undrift.train import Simulated
 if TYPE_CHECKING:
     from undrift.cli.sample import SampleRun
 
-__all__ = ["Conditioned", "condition", "evidence", "kind_of", "potential_of"]
+__all__ = ["Conditioned", "condition", "evidence", "kind_of", "potential_of", "try_potential"]
 
 _WORDS = {
     "known": "prediction with the known part in place",
@@ -285,7 +285,7 @@ def _told(
         operator, noise = _experiment(run, checkpoint, method)
         y = None if run.data is None else read_array(run.data, "data", ("y", "x", "data")).float()
         words.append(f"{type(operator).__name__} of {of} with {type(noise).__name__}")
-    observation = seen(operator, noise, event, y, truth, run.seed)
+    observation = seen(operator, noise, event, y, truth, run.seed + 1)  # the seed itself is the sampler's
     if known is not None:
         assert isinstance(operator, Mask)
         values = operator.adjoint(observation.y.unsqueeze(0), event)[0]
@@ -296,7 +296,7 @@ def _told(
     assert isinstance(diffusion, Diffusion)
     twisting: Any = method if method != "twisted" else run.potential or _twisting(observation)
     potential: Any = potential_of(twisting, observation, checkpoint.denoiser.sigma_data**2)
-    _try(potential, diffusion, event, "potential" if method == "twisted" else "method", given)
+    try_potential(potential, diffusion, event, "potential" if method == "twisted" else "method", given)
     if method == "twisted":
         return _replace(found, potential=potential, notes={**notes, "potential": twisting})
     strength = 1.0 if run.guidance is None or run.y is not None else run.guidance
@@ -381,7 +381,9 @@ def potential_of(name: Twisting | None, observation: Observation, variance: floa
         raise ConfigError(f"method: {error}") from error
 
 
-def _try(potential: Any, diffusion: Diffusion, event: tuple[int, ...], place: str, given: Mapping[str, Tensor]) -> None:
+def try_potential(
+    potential: Any, diffusion: Diffusion, event: tuple[int, ...], place: str, given: Mapping[str, Tensor]
+) -> None:
     """One call, so that shapes are said to be wrong before any work."""
     network = diffusion.denoiser
     dtype = next((p.dtype for p in network.parameters()), torch.float32) if isinstance(network, nn.Module) else None

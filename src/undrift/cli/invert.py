@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from undrift.cli.common import Clock, begin, check_applies, diffusion_of, finish, open_checkpoint
-from undrift.cli.conditioning import potential_of
+from undrift.cli.conditioning import potential_of, try_potential
 from undrift.cli.given import pick, read_array, read_event, seen
 from undrift.cli.posteriors import by_chains, by_particles, calibration_of, prior_draws, record_of, started
 from undrift.cli.rules import Twisting
@@ -158,6 +159,15 @@ class InvertRun:
                 f"grid: expected 2 points an axis or more, got {self.grid}.",
             ),
             (not 0 < self.beta <= 1, f"beta: must lie in (0, 1], got {self.beta}."),
+            (
+                self.step is not None and not 0 < self.step < math.inf,
+                f"step: must be positive and finite, got {self.step}.",
+            ),
+            (not self.trust > 0, f"trust: must be positive, got {self.trust}."),
+            (
+                method == "langevin" and self.annealing.length(self.steps or 4000) >= (self.steps or 4000),
+                "annealing: takes the whole run; give a smaller share, and alpha_end.",
+            ),
             (self.strength != 1.0 and method != "twisted", "strength: is that of --method twisted."),
             (self.seed < 0, f"seed: expected 0 or more, got {self.seed}."),
             (self.beta != default["beta"].default and method != "pcn", "beta: is that of --method pcn."),
@@ -173,6 +183,9 @@ class InvertRun:
     def execute(self, command: Sequence[str]) -> int:
         clock, out = Clock(), Path(self.out)
         problem = self.open()
+        if self.method == "twisted":
+            potential = potential_of(self.potential, problem.observed, 1.0)
+            try_potential(potential, problem.diffusion, problem.event, "potential", {})
         begin(self, out, _FILES, self.overwrite)
         try:
             found = self._solve(problem)

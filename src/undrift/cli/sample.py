@@ -182,7 +182,7 @@ class SampleRun:
             progress=self.progress,
             **conditions,
         )
-        return found.resample(self.n, torch.Generator().manual_seed(self.seed)), found
+        return found.resample(self.n, torch.Generator().manual_seed(self.seed + 2)), found
 
 
 def say(about: Mapping[str, Any]) -> None:
