@@ -54,7 +54,7 @@ class SpectralDenoiser(NetworkDenoiser):
         if not isinstance(space, FunctionSpace):
             raise TypeError(f"SpectralDenoiser: space must be a FunctionSpace, got a {type(space).__name__}.")
         self.function_space, self.data, self.clock = space, data or space.spectrum, clock
-        self.data.check(space.basis)
+        self._of_data = FunctionSpace(space.basis, self.data)  # keeps the spectra of the grids it has met
 
     @property
     def config(self) -> dict[str, Any]:
@@ -79,8 +79,7 @@ class SpectralDenoiser(NetworkDenoiser):
         level = per_sample(sigma, x)
         if self.clock is not None:
             level = self.clock.levels(level, space.basis.eigenvalues(grid).to(x))
-        mu = self.data.variances(space.basis, grid).to(x)
-        return mu, level.square() * space.variances(grid).to(x)
+        return self._of_data.variances(grid).to(x), level.square() * space.variances(grid).to(x)
 
     def scatter(self, x: Tensor, sigma: Tensor, xi: Tensor) -> Tensor:
         """x~ for clean points x (batch, *event), levels sigma (batch,) and unit normals xi of x's shape."""
