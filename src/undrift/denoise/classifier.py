@@ -7,18 +7,16 @@ A classifier is asked at a noise level. It knows no process, so one serves them 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from undrift._linalg import as_f64
-from undrift.denoise.base import per_sample
+from undrift.denoise.network import NoiseAware
 from undrift.networks.classifier import ClassifierNetwork
-from undrift.space import Space, White
 
 __all__ = ["BayesClassifier", "Classifier", "ClassifierPotential", "NetworkClassifier"]
 
@@ -65,7 +63,7 @@ class BayesClassifier:
         return joint + self.log_weights.to(joint)
 
 
-class NetworkClassifier(nn.Module):
+class NetworkClassifier(NoiseAware):
     r"""A network as a classifier of noisy points, with the input scaling and label of EDM.
 
     .. math:: \mathrm{logits} = F(c_{in} \tilde x;\ \tfrac14 \ln \sigma), \qquad c_{in} = (\sigma^2 + \sigma_d^2)^{-1/2}
@@ -79,37 +77,7 @@ class NetworkClassifier(nn.Module):
         space: where the points live: its noise is what the network learns to see through.
     """
 
-    def __init__(
-        self,
-        network: ClassifierNetwork,
-        sigma_data: float = 0.5,
-        sigma_min: float = 0.002,
-        sigma_max: float = 300.0,
-        space: Space | None = None,
-    ) -> None:
-        super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"NetworkClassifier: network must be a torch.nn.Module, got a {type(network).__name__}.")
-        if not 0 < sigma_data < math.inf:
-            raise ValueError(f"NetworkClassifier: sigma_data must be positive and finite, got {sigma_data}.")
-        if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(
-                f"NetworkClassifier: needs 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}."
-            )
-        self.network = network
-        self.sigma_data, self.sigma_min, self.sigma_max = float(sigma_data), float(sigma_min), float(sigma_max)
-        self.space = White() if space is None else space
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments; the weights are the checkpoint's."""
-        return {
-            "network": self.network,
-            "sigma_data": self.sigma_data,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max,
-            "space": self.space,
-        }
+    network: ClassifierNetwork
 
     @property
     def classes(self) -> int:
@@ -118,11 +86,7 @@ class NetworkClassifier(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Logits (batch, classes), in x's dtype, of noisy points x (batch, *event); the network computes in its own."""
-        level = per_sample(sigma, x)
-        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-        label = 0.25 * level.clamp(self.sigma_min, self.sigma_max).log().flatten()
-        c_in = (level.square() + self.sigma_data**2).rsqrt()
-        return self.network((c_in * x).to(dtype), label.to(dtype)).to(x.dtype)
+        return self._ask(x, sigma)[2]
 
 
 @dataclass(frozen=True, eq=False)

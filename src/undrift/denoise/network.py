@@ -13,19 +13,74 @@ For data of deviation :math:`\sigma_d` the network's input and its target have u
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from undrift.denoise.base import per_sample
-from undrift.networks.base import Network
 from undrift.space import Space, White
 
-__all__ = ["NetworkDenoiser"]
+__all__ = ["NetworkDenoiser", "NoiseAware"]
 
 
-class NetworkDenoiser(nn.Module):
+class NoiseAware(nn.Module):
+    """A network with the input scaling and the label of EDM, on a space.
+
+    Args:
+        network: takes points and labels (batch,).
+        sigma_data: deviation of one data coordinate.
+        sigma_min, sigma_max: range of noise levels the network is trained at.
+        space: where the points live.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 300.0,
+        space: Space | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name}: network must be a torch.nn.Module, got a {type(network).__name__}.")
+        if not (sigma_data > 0 and math.isfinite(sigma_data)):
+            raise ValueError(f"{name}: sigma_data must be positive and finite, got {sigma_data}.")
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"{name}: needs 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}.")
+        self.network = network
+        self.sigma_data, self.sigma_min, self.sigma_max = float(sigma_data), float(sigma_min), float(sigma_max)
+        if space is not None and not isinstance(space, Space):
+            raise TypeError(f"{name}: space must be a Space, got a {type(space).__name__}.")
+        self.space = White() if space is None else space
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments; the weights are the checkpoint's."""
+        return {
+            "network": self.network,
+            "sigma_data": self.sigma_data,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "space": self.space,
+        }
+
+    def with_network(self, network: nn.Module) -> Self:
+        """The same around another network."""
+        return type(self)(**{**self.config, "network": network})
+
+    def _ask(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma and c_in, shaped to broadcast against x, and the network's answer in x's dtype."""
+        level = per_sample(sigma, x)
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        label = 0.25 * level.clamp(self.sigma_min, self.sigma_max).log().flatten()
+        c_in = (level.square() + self.sigma_data**2).rsqrt()
+        return level, c_in, self.network((c_in * x).to(dtype), label.to(dtype), **condition).to(x.dtype)
+
+
+class NetworkDenoiser(NoiseAware):
     """Denoiser made of a network by EDM's preconditioning.
 
     The label is that of the nearest level in [sigma_min, sigma_max], the levels the network was trained at: processes
@@ -41,44 +96,6 @@ class NetworkDenoiser(nn.Module):
             sigma_data is the data's deviation relative to the noise's, 1 if they share their spectrum.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        sigma_data: float = 0.5,
-        sigma_min: float = 0.002,
-        sigma_max: float = 300.0,
-        space: Space | None = None,
-    ) -> None:
-        super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"NetworkDenoiser: network must be a torch.nn.Module, got a {type(network).__name__}.")
-        if not (sigma_data > 0 and math.isfinite(sigma_data)):
-            raise ValueError(f"NetworkDenoiser: sigma_data must be positive and finite, got {sigma_data}.")
-        if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(
-                f"NetworkDenoiser: needs 0 < sigma_min < sigma_max < inf, got {sigma_min} and {sigma_max}."
-            )
-        self.network = network
-        self.sigma_data, self.sigma_min, self.sigma_max = float(sigma_data), float(sigma_min), float(sigma_max)
-        if space is not None and not isinstance(space, Space):
-            raise TypeError(f"NetworkDenoiser: space must be a Space, got a {type(space).__name__}.")
-        self.space = White() if space is None else space
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments; the weights are the checkpoint's."""
-        return {
-            "network": self.network,
-            "sigma_data": self.sigma_data,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max,
-            "space": self.space,
-        }
-
-    def with_network(self, network: Network) -> NetworkDenoiser:
-        """The same denoiser around another network."""
-        return type(self)(**{**self.config, "network": network})
-
     def forward(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:
         """Estimated E[x0 | x0 + sigma n = x].
 
@@ -92,10 +109,6 @@ class NetworkDenoiser(nn.Module):
         Returns:
             Same shape and dtype as ``x``.
         """
-        level = per_sample(sigma, x)
-        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-        label = 0.25 * level.clamp(self.sigma_min, self.sigma_max).log().flatten()
-        c_in = (level.square() + self.sigma_data**2).rsqrt()
-        f = self.network((c_in * x).to(dtype), label.to(dtype), **condition).to(x.dtype)
+        level, c_in, f = self._ask(x, sigma, **condition)
         scaled = self.sigma_data * c_in
         return torch.addcmul(scaled.square() * x, level * scaled, f)

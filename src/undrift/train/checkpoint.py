@@ -22,7 +22,6 @@ from undrift.denoise.classifier import NetworkClassifier
 from undrift.denoise.network import NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.networks.base import Network
-from undrift.networks.classifier import ClassifierNetwork
 from undrift.nonlinear_diffusion import NonlinearDiffusion
 from undrift.process.linear import LinearProcess
 from undrift.space import Space, space_of
@@ -75,12 +74,8 @@ def parts_of(model: Model) -> nn.ModuleDict:
 def with_parts(model: Model, parts: nn.ModuleDict) -> Model:
     """The same model around other parts of the same kind."""
     network = parts["network"]
-    if isinstance(model, NetworkDenoiser):
-        return model.with_network(cast(Network, network))
-    if isinstance(model, NetworkClassifier):
-        return NetworkClassifier(
-            cast(ClassifierNetwork, network), model.sigma_data, model.sigma_min, model.sigma_max, model.space
-        )
+    if isinstance(model, (NetworkDenoiser, NetworkClassifier)):
+        return model.with_network(network)
     if isinstance(model, NonlinearDiffusion):
         return dataclasses.replace(model, network=network)
     process = cast(LinearProcess, parts["process"]) if "process" in parts else model.process
