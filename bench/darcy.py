@@ -27,6 +27,7 @@ from torch import Tensor
 from undrift import Diffusion, load
 from undrift.denoise import Denoiser, Linearised, NetworkDenoiser
 from undrift.inverse import (
+    Annealing,
     Chains,
     DenoiserPrior,
     FieldMixture,
@@ -53,6 +54,8 @@ FIELDS = {
 OPERATOR = Darcy1d(tuple(i / 8 for i in range(1, 8)))
 NOISE = GaussianNoise(0.05)
 STEP = 0.1
+TAUS = (0.001, 0.01, 0.1)
+TAU = {"gaussian": 0.001, "mixture": 0.1}
 
 
 def fields(kind: str, n: int, grid: int, seed: int) -> Tensor:
@@ -90,14 +93,17 @@ def compare(draws: Tensor, weights: Tensor | None, mean: Tensor, std: Tensor) ->
     }
 
 
-def informed_langevin(denoiser: Denoiser, seen: Observation, start: Tensor, steps: int, thin: int, seed: int) -> Chains:
+def informed_langevin(
+    denoiser: Denoiser, seen: Observation, start: Tensor, steps: int, thin: int, seed: int, tau: float
+) -> Chains:
     """Crank-Nicolson Langevin, preconditioned by what the data say at the mode under N(0, C)."""
     target = Posterior(DenoiserPrior(denoiser, SPACE), seen)
     mode = find_mode(target, torch.zeros(1, start.shape[1], dtype=torch.float64))
     k = PosteriorInformed.at(target, mode)
     xi = torch.empty_like(start).normal_(generator=torch.Generator().manual_seed(seed))
     begin = mode + k.noise(xi)
-    return langevin(target, begin, steps, STEP, seed=seed, preconditioner=k, warmup=200, thin=thin)
+    at = Annealing(tau_min=tau)
+    return langevin(target, begin, steps, STEP, seed=seed, annealing=at, preconditioner=k, warmup=200, thin=thin)
 
 
 def posterior(folder: Path, kind: str, grids: list[int], write: Callable[[dict[str, object]], None]) -> None:
@@ -118,10 +124,12 @@ def posterior(folder: Path, kind: str, grids: list[int], write: Callable[[dict[s
             "shrink": (std[:3] / before).tolist(),
         }
         for name, denoiser in (("learned", learned(folder, kind)), ("exact", exact)):
-            clock = time.process_time()
-            run = informed_langevin(denoiser, seen, start[:100], 2000, 10, 2)
-            more = {"product": max(r.product for r in run.reports), "seconds": time.process_time() - clock}
-            write({**known, "method": "langevin", "prior": name, **compare(run.x, None, mean, std), **more})
+            for tau in TAUS:
+                clock = time.process_time()
+                run = informed_langevin(denoiser, seen, start[:100], 2000, 10, 2, tau)
+                more = {"product": max(r.product for r in run.reports), "seconds": time.process_time() - clock}
+                row = compare(run.x, None, mean, std)
+                write({**known, "method": "langevin", "tau": tau, "prior": name, **row, **more})
             clock = time.process_time()
             walk = Ancestral(steps=60)
             diffusion = Diffusion(VP(), denoiser, SPACE)
@@ -179,7 +187,7 @@ def calibrate_all(folder: Path, kind: str, truths: int, write: Callable[[dict[st
     draws, clock = [], time.process_time()
     for i in range(truths):
         one = Observation(OPERATOR, NOISE, seen.y[i])
-        draws.append(informed_langevin(denoiser, one, start[:20], 600, 200, 5 + i).x)
+        draws.append(informed_langevin(denoiser, one, start[:20], 600, 200, 5 + i, TAU[kind]).x)
     report("langevin", "learned", torch.stack(draws), time.process_time() - clock)
 
 
