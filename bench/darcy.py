@@ -143,10 +143,12 @@ def posterior(folder: Path, kind: str, grids: list[int], write: Callable[[dict[s
             write({**known, "method": "twisted", "prior": name, **row, **more})
 
 
-def calibrate_all(folder: Path, kind: str, truths: int, write: Callable[[dict[str, object]], None]) -> None:
+def calibrate_all(
+    folder: Path, kind: str, truths: int, seed: int, methods: list[str], write: Callable[[dict[str, object]], None]
+) -> None:
     n, names = 32, [f"mode {j}" for j in range(6)]
-    truth = fields(kind, truths, n, 80)
-    seen = Observation.simulate(OPERATOR, NOISE, truth, torch.Generator().manual_seed(81))
+    truth = fields(kind, truths, n, seed)
+    seen = Observation.simulate(OPERATOR, NOISE, truth, torch.Generator().manual_seed(seed + 1))
     ranked = SPACE.coefficients(truth)[:, :6]
     chains = 4
 
@@ -160,6 +162,7 @@ def calibrate_all(folder: Path, kind: str, truths: int, write: Callable[[dict[st
                 "method": method,
                 "prior": prior,
                 "truths": truths,
+                "seed": seed,
                 "draws": result.draws,
                 "uniformity": result.uniformity().tolist(),
                 "chi_square": result.chi_square().tolist(),
@@ -171,24 +174,29 @@ def calibrate_all(folder: Path, kind: str, truths: int, write: Callable[[dict[st
         )
 
     each = Observation(OPERATOR, NOISE, seen.y.repeat_interleave(chains, 0))
-    start = fields(kind, truths * chains, n, 82)
-    clock = time.process_time()
-    run = pcn(Posterior(FIELDS[kind], each), start, 8000, 0.25, seed=4, warmup=2000, thin=600)
-    report("pcn", "exact", run.states.unflatten(0, (truths, chains)).flatten(1, 2), time.process_time() - clock)
+    start = fields(kind, truths * chains, n, seed + 2)
+    if "pcn" in methods:
+        clock = time.process_time()
+        run = pcn(Posterior(FIELDS[kind], each), start, 10_000, 0.25, seed=4, warmup=4000, thin=600)
+        report("pcn", "exact", run.states.unflatten(0, (truths, chains)).flatten(1, 2), time.process_time() - clock)
+    if set(methods) == {"pcn"}:
+        return
     denoiser = learned(folder, kind)
     draws = []
     clock, diffusion = time.process_time(), Diffusion(VP(), denoiser)
-    for i in range(truths):
+    for i in range(truths if "twisted" in methods else 0):
         one = Observation(OPERATOR, NOISE, seen.y[i])
         guide, walk = Linearised(one), Ancestral(steps=40)
         particles = twisted(diffusion, one, guide, 256, (n,), walk, 1000 + i, dtype=torch.float64)
         draws.append(particles.resample(40, torch.Generator().manual_seed(i)))
-    report("twisted", "learned", torch.stack(draws), time.process_time() - clock)
+    if draws:
+        report("twisted", "learned", torch.stack(draws), time.process_time() - clock)
     draws, clock = [], time.process_time()
-    for i in range(truths):
+    for i in range(truths if "langevin" in methods else 0):
         one = Observation(OPERATOR, NOISE, seen.y[i])
         draws.append(informed_langevin(denoiser, one, start[:20], 600, 200, 5 + i, TAU[kind]).x)
-    report("langevin", "learned", torch.stack(draws), time.process_time() - clock)
+    if draws:
+        report("langevin", "learned", torch.stack(draws), time.process_time() - clock)
 
 
 def main() -> None:
@@ -199,6 +207,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--grids", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--truths", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=80, help="of the truths of calibrate")
+    parser.add_argument(
+        "--methods", nargs="+", choices=["pcn", "twisted", "langevin"], default=["pcn", "twisted", "langevin"]
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/darcy.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -215,7 +227,7 @@ def main() -> None:
         if "posterior" in options.tasks:
             posterior(options.folder, kind, options.grids, write)
         if "calibrate" in options.tasks:
-            calibrate_all(options.folder, kind, options.truths, write)
+            calibrate_all(options.folder, kind, options.truths, options.seed, options.methods, write)
 
 
 if __name__ == "__main__":
