@@ -9,6 +9,7 @@ on finer ones:
     posterior   one observation: means and deviations of posterior-informed Langevin and of twisted sampling, with the
                 learned prior and with the exact one, beside pCN with the exact one
     calibrate   120 truths: ranks of the truth among draws, their p-values, and coverage of 90 % intervals
+    plane       the same of one observation in two dimensions: a Gaussian field on 16 x 16 points, 36 pressures
 
     python bench/darcy.py train posterior calibrate --folder runs/darcy      # an hour on one core
 """
@@ -39,7 +40,7 @@ from undrift.inverse import (
     pcn,
 )
 from undrift.networks import SpectralNet
-from undrift.observe import Darcy1d, GaussianNoise, Observation
+from undrift.observe import Darcy1d, Darcy2d, GaussianNoise, Observation
 from undrift.process import VP
 from undrift.sample import Ancestral, twisted
 from undrift.space import Cosine, FunctionSpace, Matern
@@ -199,9 +200,61 @@ def calibrate_all(
         report("langevin", "learned", torch.stack(draws), time.process_time() - clock)
 
 
+def plane(folder: Path, steps: int, write: Callable[[dict[str, object]], None]) -> None:
+    """Two dimensions: pCN with the exact prior beside Langevin with a learned one, both posterior-informed."""
+    space = FunctionSpace(Cosine(2), Matern(2.5, 4.0, 1.0))
+    exact, n = FieldMixture(space), 16
+    torch.manual_seed(0)
+    model = NetworkDenoiser(SpectralNet(Cosine(2), width=16, modes=8, depth=3), 1.0, 0.01, 40.0, space)
+    data = Dataset("Gaussian fields, 2-d", exact.sample(4000, (n, n), torch.Generator().manual_seed(1)).float())
+    config = TrainConfig(steps=steps, batch=64, lr=2e-3, threads=1)
+    Trainer(model, Denoising(noise=LogUniform(0.01, 40.0)), data, config, folder / "plane").fit()
+    wells = tuple((i / 7, j / 7) for i in range(1, 7) for j in range(1, 7))
+    truth = exact.sample(1, (n, n), torch.Generator().manual_seed(2))
+    operator = Darcy2d(wells)
+    scale = float(operator(truth).std())
+    seen = Observation.simulate(operator, GaussianNoise(0.05 * scale), truth, torch.Generator().manual_seed(3))
+    target = Posterior(exact, seen)
+    mode = find_mode(target, torch.zeros(1, n, n, dtype=torch.float64))
+    k = PosteriorInformed.at(target, mode)
+    xi = torch.empty(40, n, n, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(4))
+    clock = time.process_time()
+    chain = pcn(
+        target, mode + k.noise(xi), 1500, 0.4, seed=5, reference=k, centre=mode, warmup=300, target=0.3, thin=10
+    )
+    c = space.coefficients(chain.x).flatten(1)
+    order = space.variances((n, n)).flatten().argsort(descending=True)[:32]
+    mean, std = c[:, order].mean(0), c[:, order].std(0)
+    size = chain.ess(lambda x: space.coefficients(x).flatten(1)[:, order])
+    prior = space.variances((n, n)).flatten()[order].sqrt()
+    known: dict[str, object] = {
+        "task": "plane",
+        "acceptance": float(chain.acceptance.mean()),
+        "reference_error": float(size.rsqrt().max()),
+        "rhat": float(chain.rhat().max()),
+        "shrink": [float((std / prior).min()), float((std / prior).max())],
+        "seconds of pcn": time.process_time() - clock,
+    }
+    for name, denoiser in (("learned", learned(folder, "plane")), ("exact", exact)):
+        for tau in TAUS:
+            clock = time.process_time()
+            at = Annealing(tau_min=tau)
+            prior_at = Posterior(DenoiserPrior(denoiser, space), seen)
+            run = langevin(
+                prior_at, mode + k.noise(xi), 500, STEP, seed=6, annealing=at, preconditioner=k, warmup=100, thin=5
+            )
+            d = space.coefficients(run.x.double()).flatten(1)[:, order]
+            gap, ratio = (d.mean(0) - mean) / std, d.std(0) / std
+            row = {"gap_rms": float(gap.square().mean().sqrt()), "gap_max": float(gap.abs().max())}
+            row |= {"ratio_low": float(ratio.min()), "ratio_high": float(ratio.max())}
+            row["product"] = max(report.product for report in run.reports)
+            row["seconds"] = time.process_time() - clock
+            write({**known, "method": "langevin", "tau": tau, "prior": name, **row})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=["train", "posterior", "calibrate"])
+    parser.add_argument("tasks", nargs="+", choices=["train", "posterior", "calibrate", "plane"])
     parser.add_argument("--folder", type=Path, default=Path("runs/darcy"))
     parser.add_argument("--fields", nargs="+", choices=list(FIELDS), default=list(FIELDS))
     parser.add_argument("--steps", type=int, default=3000)
@@ -221,6 +274,8 @@ def main() -> None:
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    if "plane" in options.tasks:
+        plane(options.folder, min(options.steps, 1000), write)
     for kind in options.fields:
         if "train" in options.tasks:
             train(options.folder, kind, options.steps)

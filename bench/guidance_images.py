@@ -70,12 +70,13 @@ from undrift.train import (
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 DRAWS = 19
 NOISE = 0.05
+PARTICLES = {"digits": (32, 256), "fashion": (32,)}
 PROCESSES = {"VP": VP, "VE": VE, "CLD": CLD, "PSLD": PSLD}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with the sizes that go with it: levels of grey, width, training steps, samples, images, particles."""
+    """A data set with the sizes that go with it: levels of grey, width, training steps, samples, images."""
 
     train: Dataset
     test: Dataset
@@ -84,7 +85,6 @@ class Task:
     steps: int
     samples: int
     images: int
-    particles: int
     moments: int  # conjugate gradients of TweedieMoments
 
 
@@ -95,13 +95,13 @@ def blocks(data: Dataset, factor: int) -> Dataset:
 
 def task(name: str) -> Task:
     if name == "digits":
-        return Task(Digits("train").load(), Digits("test").load(), 17, 32, 2500, 1000, 100, 32, 4)
+        return Task(Digits("train").load(), Digits("test").load(), 17, 32, 2500, 1000, 100, 4)
     folder = Path(os.environ["UNDRIFT_DATA"]) / "images" / "fashion_mnist"
 
     def read(part: str) -> Dataset:
         return Idx(str(folder / f"{part}-images-idx3-ubyte.gz"), str(folder / f"{part}-labels-idx1-ubyte.gz")).load()
 
-    return Task(blocks(read("train"), 2), blocks(read("t10k"), 2), 1021, 16, 1000, 500, 30, 32, 4)
+    return Task(blocks(read("train"), 2), blocks(read("t10k"), 2), 1021, 16, 1000, 500, 30, 4)
 
 
 class Models:
@@ -218,15 +218,13 @@ def fill(models: Models, mask: Tensor, method: str) -> tuple[Tensor, Tensor]:
         return walk(Known(models.denoiser, mask), known=values.repeat(DRAWS, 1, 1, 1))
     if method == "replacement":
         return walk(models.denoiser, steer=Replace(mask, values.repeat(DRAWS, 1, 1, 1)))
-    if method == "twisted":
-        found = []
+    if method.startswith("twisted"):
+        found, particles = [], int(method.removeprefix("twisted, "))
         for one in y:
             here = dataclasses.replace(seen, y=one)
             potential = PseudoInverse(here, prior_variance=t.train.std**2)
-            particles = twisted(
-                Diffusion(VP(), models.denoiser), here, potential, t.particles, event, Ancestral(20), seed=13
-            )
-            found.append(particles.resample(DRAWS, torch.Generator().manual_seed(14)))
+            draws = twisted(Diffusion(VP(), models.denoiser), here, potential, particles, event, Ancestral(20), seed=13)
+            found.append(draws.resample(DRAWS, torch.Generator().manual_seed(14)))
         x = torch.stack(found, 1)
         return x.mean(0), x
     if method == "pseudo-inverse":
@@ -296,7 +294,7 @@ def cells(name: str) -> Iterator[tuple[dict[str, Any], Callable[[Models], dict[s
             )
     points = [f"point estimate, {strength}" for strength in ("1", "0.03", "0.01")]
     quick = ["mean", "gaussian", "known", "replacement", "pseudo-inverse", *points]
-    for methods in (quick, ["twisted", "tweedie moments"]):
+    for methods in (quick, [*(f"twisted, {n}" for n in PARTICLES[name]), "tweedie moments"]):
         for mask in ("scattered quarter", "upper half"):
             for method in methods:
                 yield (
