@@ -1,6 +1,7 @@
 """undrift: design a diffusion, learn it, and get back."""
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise, guide
 from undrift.measure import elbo, log_likelihood
 from undrift.modal_diffusion import ModalDiffusion
 from undrift.nonlinear_diffusion import NonlinearDiffusion
@@ -11,11 +12,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Diffusion",
+    "GuidedNoise",
     "ModalDiffusion",
     "NoiseDiffusion",
     "NonlinearDiffusion",
     "__version__",
     "elbo",
+    "guide",
     "load",
     "log_likelihood",
     "sample",

@@ -360,7 +360,9 @@ class Bound:
         z, xi = self._state(x, kernel, noise, by_start)
         root = kernel.given_start if by_start else kernel.given_x
         if kernel.noise is not None:  # L' times the score's own factor is of order 1, and taken in float64
-            return xi + self.diffusion._score(z, kernel.noise, root, **condition)
+            assert isinstance(self.diffusion, NoiseDiffusion)
+            said = self.diffusion.noise_at(z, kernel.noise, **condition)
+            return xi + self.diffusion.score_of(z, said, kernel.noise, root)
         return xi + mix(root.mT, self.diffusion.score(z, t, **condition))
 
     def _implicit(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from undrift.denoise.base import Denoiser
 from undrift.process.linear import LinearProcess, mix
 from undrift.space import Space, space_of
 
-__all__ = ["Diffusion", "NoiseDiffusion", "Predictor", "require_white"]
+__all__ = ["Diffusion", "NoiseDiffusion", "Predictor", "predictor_of", "require_white"]
 
 Predictor = Callable[..., Tensor]
 """``predictor(z, i, **condition)`` -> prediction (batch, P, *event) at the i-th of the times it was made for."""
@@ -111,7 +111,7 @@ class Diffusion:
 
     def predictor(self, times: Tensor) -> Predictor:
         """Predictor at fixed times (N,), its coefficients computed once; P = 1."""
-        return _predictor(self, times)
+        return predictor_of(self, times)
 
 
 class NoiseCoefficients(NamedTuple):
@@ -203,7 +203,10 @@ class NoiseDiffusion:
 
     def noise(self, z: Tensor, t: object, **condition: Any) -> Tensor:
         """Network output at z (batch, K, *event) and times (batch,) or one time: same shape as z."""
-        c = self.coefficients(self.process._per_sample(z, t))
+        return self.noise_at(z, self.coefficients(self.process._per_sample(z, t)), **condition)
+
+    def noise_at(self, z: Tensor, c: NoiseCoefficients, **condition: Any) -> Tensor:
+        """Network output at z, from the coefficients of its times."""
         return self._noise(z, c.scale, c.label, **condition)
 
     def score(self, z: Tensor, t: object, root: Tensor | None = None, **condition: Any) -> Tensor:
@@ -219,20 +222,24 @@ class NoiseDiffusion:
 
     def preconditioned_score(self, z: Tensor, t: object, root: Tensor | None = None, **condition: Any) -> Tensor:
         """C times :meth:`score`: the same on White, and finite on every grid."""
-        return self._score(z, self.coefficients(self.process._per_sample(z, t)), root, **condition)
+        c = self.coefficients(self.process._per_sample(z, t))
+        return self.score_of(z, self.noise_at(z, c, **condition), c, root)
 
-    def _score(self, z: Tensor, c: NoiseCoefficients, root: Tensor | None, **condition: Any) -> Tensor:
-        noise = self._noise(z, c.scale, c.label, **condition)
+    def score_of(self, z: Tensor, noise: Tensor, c: NoiseCoefficients, root: Tensor | None = None) -> Tensor:
+        """The preconditioned score at z, from the network's answer there and the coefficients of its time."""
         columns = torch.cat([c.baseline, -torch.linalg.inv(c.root).mT], -1)
         return mix(columns if root is None else root.mT @ columns, torch.cat([z, noise.to(z)], 1))
 
     def predict(self, z: Tensor, t: object, **condition: Any) -> Tensor:
         r"""x0 by the part of the score that speaks about it: :math:`m^\top S^{-1}(z + S s)/snr`; (batch, *event)."""
+        return self.tweedie(z, t, self.preconditioned_score(z, t, **condition))
+
+    def tweedie(self, z: Tensor, t: object, score: Tensor) -> Tensor:
+        """x0 by the preconditioned score at z; (batch, *event)."""
         time = self.process._per_sample(z, t)
         full = self.process.kernel(time)[1]
         row = self.process._weights(time)[1].unsqueeze(-2)
-        s = self.preconditioned_score(z, time, **condition)
-        return mix(torch.cat([row, row @ full @ full.mT], -1), torch.cat([z, s], 1)).squeeze(1)
+        return mix(torch.cat([row, row @ full @ full.mT], -1), torch.cat([z, score], 1)).squeeze(1)
 
     def reading(self, times: Tensor) -> Tensor:
         r"""What :meth:`read` needs at times (N,), flat, (N, 2 K^2 + K + 1).
@@ -247,16 +254,33 @@ class NoiseDiffusion:
 
     def read(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor:
         """Predicted start state (batch, K, *event), by Tweedie's formula, for one row of :meth:`reading`."""
+        return self.start(z, self.ask(z, reading, **condition), reading)
+
+    def ask(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor:
+        """The network's answer at z (batch, K, *event), for readings (R,) or one per sample (batch, R)."""
         k = self.process.channels
-        noise = self._noise(z, reading[-k - 1 : -1].unsqueeze(0), reading[-1], **condition)
-        return mix(reading[: 2 * k * k].reshape(k, 2 * k), torch.cat([z, noise.to(z)], 1))
+        scale = reading[..., -k - 1 : -1].expand(z.shape[0], k)
+        return self._noise(z, scale, reading[..., -1], **condition)
+
+    def start(self, z: Tensor, noise: Tensor, reading: Tensor) -> Tensor:
+        """The predicted start state, from the network's answer at z."""
+        k = self.process.channels
+        back = reading[..., : 2 * k * k].reshape(*reading.shape[:-1], k, 2 * k)
+        return mix(back, torch.cat([z, noise.to(z)], 1))
 
     def predictor(self, times: Tensor) -> Predictor:
         """Predictor of the whole start state at fixed times (N,), its coefficients computed once; P = K."""
-        return _predictor(self, times)
+        return predictor_of(self, times)
 
 
-def _predictor(diffusion: Diffusion | NoiseDiffusion, times: Tensor) -> Predictor:
+class _Readable(Protocol):
+    def reading(self, times: Tensor) -> Tensor: ...
+
+    def read(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor: ...
+
+
+def predictor_of(diffusion: _Readable, times: Tensor) -> Predictor:
+    """What a diffusion predicts at fixed times (N,), its readings made once."""
     readings = diffusion.reading(times)
 
     def predict(z: Tensor, i: int, **condition: Any) -> Tensor:

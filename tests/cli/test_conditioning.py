@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from undrift import save
+from undrift import NoiseDiffusion, load, sample, save
 from undrift.cli import main
 from undrift.container import read_file
-from undrift.denoise import NetworkClassifier, NetworkDenoiser
+from undrift.denoise import NetworkClassifier, NetworkDenoiser, PseudoInverse
+from undrift.guided_noise import guide
 from undrift.networks import MLP, MLPClassifier, SpectralNet, UNet
+from undrift.observe import GaussianNoise, Matrix, Observation
+from undrift.process import PSLD
 from undrift.report import read_npz
 from undrift.report.posterior import PosteriorRecord
+from undrift.sample import Ancestral
 from undrift.space import Cosine, FunctionSpace, Matern
 
 QUIET = ["--progress", "false"]
@@ -198,6 +202,26 @@ def test_guided_methods_run_on_functions(folder, tmp_path, method):
 # -- training ----------------------------------------------------------------------------------------------------------
 
 STEPS = ["--train.batch", 16, "--train.log_every", 1, "--samples", 2]
+
+
+def test_a_noise_network_is_guided_too(folder, tmp_path, capsys):
+    """The papers' parametrisation: what the command draws is what the library draws, and differs from the prior's."""
+    torch.manual_seed(1)
+    model, path = NoiseDiffusion(PSLD(), MLP(4, 8, 1), data_std=1.5), tmp_path / "noise.safetensors"
+    for parameter in model.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save(path, model, {"event": [2], "low": -3, "high": 3})
+    np.savez(tmp_path / "y.npz", y=np.ones(1, np.float32))
+    observe = ["--observe", "{type: Matrix, matrix: [[1.0, -0.5]]}", *NOISE, "--data", tmp_path / "y.npz"]
+    steps = ["--sampler", "Ancestral", "--sampler.steps", 4, "--n", 3, "--seed", 2]
+    out = tmp_path / "o"
+    assert run("sample", path, *observe, "--method", "pigdm", "--guidance", 0.7, *steps, "--out", out) == 0
+    seen = Observation(Matrix([[1.0, -0.5]]), GaussianNoise(0.5), torch.ones(1))
+    guided = guide(load(path), PseudoInverse(seen, prior_variance=1.5**2), 0.7)
+    torch.testing.assert_close(samples(out), sample(guided, 3, (2,), Ancestral(4), 2))
+    assert float((samples(out) - sample(load(path), 3, (2,), Ancestral(4), 2)).abs().min()) > 1e-3
+    assert run("sample", path, "--mask", "left", "--truth", folder / "truth.npz", "--out", tmp_path / "p") == 2
+    assert "predicts the noise of PSLD, and --method known needs a denoiser" in capsys.readouterr().err
 
 
 def test_a_classifier_is_trained_resumed_and_judged(tmp_path):

@@ -1,5 +1,6 @@
 """Diffusions of functions, mode by mode against scalar ones, in all coordinates and on every grid."""
 
+import dataclasses
 import math
 
 import pytest
@@ -234,3 +235,15 @@ def test_a_denoiser_on_a_clock_of_modes_is_no_diffusion_on_one_clock():
     space = FunctionSpace(Cosine(), NOISE)
     with pytest.raises(ValueError, match="give it to a ModalDiffusion"):
         Diffusion(VP(), SpectralDenoiser(SpectralNet(width=4, modes=4, depth=1), space, clock=Blurring()))
+
+
+def test_a_model_of_one_space_is_not_given_another():
+    """Else noise of one colour would be removed by a denoiser of another, and dataclasses.replace does just that."""
+    space, other = FunctionSpace(spectrum=Matern(2.0)), FunctionSpace(spectrum=Matern(1.5))
+    first = Diffusion(VP(), FieldGaussian(space, Matern(3.0)))
+    with pytest.raises(ValueError, match="Leave the space out"):
+        dataclasses.replace(first, denoiser=FieldGaussian(other, Matern(3.0)))
+    moved = dataclasses.replace(first, denoiser=FieldGaussian(other, Matern(3.0)), space=None)
+    assert moved.space == other
+    with pytest.raises(ValueError, match="Leave the space out"):
+        Diffusion(VP(), first.denoiser, space.in_coordinates("whitened"))

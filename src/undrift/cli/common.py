@@ -17,6 +17,7 @@ from undrift.cli.arguments import to_yaml
 from undrift.config import ConfigError, describe
 from undrift.denoise import NetworkClassifier, NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise
 from undrift.process import VP, LinearProcess
 from undrift.report import Tones, label, samples_figure, write_bytes, write_npz, write_provenance
 from undrift.sample import ProbabilityFlow, Sampler, TableSampler
@@ -117,6 +118,11 @@ class Checkpoint:
         return self.model
 
     @property
+    def data_std(self) -> float:
+        """Deviation of one data coordinate, relative to the noise's."""
+        return self.model.data_std if isinstance(self.model, NoiseDiffusion) else self.denoiser.sigma_data
+
+    @property
     def network(self) -> Any:
         """The network inside."""
         return self.model.network if isinstance(self.model, NoiseDiffusion) else self.denoiser.network
@@ -207,7 +213,7 @@ def keep_samples(
     out: Path,
     stem: str,
     x: Tensor,
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
     sampler: Sampler,
     tones: Tones,
     seed: int,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from undrift.cli.common import Checkpoint, draw_classes, open_classifier
 from undrift.cli.given import (
@@ -27,7 +27,6 @@ from undrift.config import ConfigError, describe
 from undrift.denoise import (
     ClassifierFree,
     ClassifierPotential,
-    Guided,
     Known,
     Linearised,
     PointEstimate,
@@ -35,6 +34,7 @@ from undrift.denoise import (
     TweedieMoments,
 )
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise, guide
 from undrift.observe import CorrelatedNoise, GaussianNoise, LinearOperator, Mask, Noise, Observation, Operator
 from undrift.report import PosteriorRecord, accuracy, label
 from undrift.report.plots import is_image
@@ -87,7 +87,7 @@ class Conditioned:
         notes: settings that are kept beside the samples.
     """
 
-    diffusion: Diffusion | NoiseDiffusion
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise
     method: Method | None = None
     words: str = ""
     given: Mapping[str, Tensor] = field(default_factory=dict)
@@ -182,35 +182,35 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
         words.append(f"class {run.y}")
         notes["y"] = run.y
     method = _method(run, checkpoint)
-    needs_denoiser = (
-        run.guidance is not None or run.classifier is not None or method not in (None, "replace", "amortised")
-    )
-    if needs_denoiser and isinstance(diffusion, NoiseDiffusion):
+    free = run.y is not None and run.guidance is not None and run.classifier is None
+    if isinstance(diffusion, NoiseDiffusion) and (free or method in ("known", "twisted")):
+        what = "guidance without a classifier" if free else f"--method {method}"
         raise ConfigError(
-            f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and guidance needs a denoiser; "
-            "train one, or take --method replace."
+            f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and {what} needs a denoiser; "
+            "train one, or take --classifier for classes, --method replace, dps, pigdm, moments or linearised for data."
         )
-    if run.y is not None and run.guidance is not None and run.classifier is None:
+    model: Diffusion | NoiseDiffusion | GuidedNoise = diffusion
+    if free:
         assert isinstance(diffusion, Diffusion)
         _check_dropped(checkpoint)
         interval = (0.0, math.inf) if run.interval is None else run.interval
-        diffusion = Diffusion(diffusion.process, ClassifierFree(diffusion.denoiser, run.guidance, interval))
+        assert run.guidance is not None
+        model = Diffusion(diffusion.process, ClassifierFree(diffusion.denoiser, run.guidance, interval))
         words[-1] += f" at strength {run.guidance:g}"
         notes |= {"guidance": run.guidance, "interval": None if run.interval is None else list(run.interval)}
     if run.classifier is not None:
-        assert isinstance(diffusion, Diffusion)
         assert run.label is not None
         classifier = open_classifier(run.classifier, checkpoint)
         if not 0 <= run.label < classifier.classes:
             raise ConfigError(f"label: {run.classifier} knows classes 0 to {classifier.classes - 1}, got {run.label}.")
         strength = 1.0 if run.guidance is None else run.guidance
         potential: Any = ClassifierPotential(classifier, run.label)
-        diffusion = Diffusion(diffusion.process, Guided(diffusion.denoiser, potential, strength))
+        model = guide(diffusion, potential, strength)
         words.append(f"class {run.label} by a classifier at strength {strength:g}")
         notes |= {"classifier": run.classifier, "label": run.label, "guidance": strength}
     if method is None:
-        return Conditioned(diffusion, words=" and ".join(words), given=given, notes=notes)
-    return _told(run, checkpoint, diffusion, method, words, given, {**notes, "method": method})
+        return Conditioned(model, words=" and ".join(words), given=given, notes=notes)
+    return _told(run, checkpoint, model, method, words, given, {**notes, "method": method})
 
 
 def _method(run: SampleRun, checkpoint: Checkpoint) -> Method | None:
@@ -250,7 +250,7 @@ def _method(run: SampleRun, checkpoint: Checkpoint) -> Method | None:
 def _told(
     run: SampleRun,
     checkpoint: Checkpoint,
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
     method: Method,
     words: list[str],
     given: dict[str, Tensor],
@@ -293,15 +293,13 @@ def _told(
     found = Conditioned(diffusion, method, _and(words), given, None, observation, None, known, values, truth, notes)
     if method == "amortised":
         return _replace(found, given={**given, "observed": observation.y})
-    assert isinstance(diffusion, Diffusion)
     twisting: Any = method if method != "twisted" else run.potential or _twisting(observation)
-    potential: Any = potential_of(twisting, observation, checkpoint.denoiser.sigma_data**2)
+    potential: Any = potential_of(twisting, observation, checkpoint.data_std**2)
     try_potential(potential, diffusion, event, "potential" if method == "twisted" else "method", given)
     if method == "twisted":
         return _replace(found, potential=potential, notes={**notes, "potential": twisting})
     strength = 1.0 if run.guidance is None or run.y is not None else run.guidance
-    guided = Diffusion(diffusion.process, Guided(diffusion.denoiser, potential, strength))
-    return _replace(found, diffusion=guided, notes={**notes, "guidance": strength})
+    return _replace(found, diffusion=guide(diffusion, potential, strength), notes={**notes, "guidance": strength})
 
 
 def _replace(found: Conditioned, **changes: Any) -> Conditioned:
@@ -382,14 +380,16 @@ def potential_of(name: Twisting | None, observation: Observation, variance: floa
 
 
 def try_potential(
-    potential: Any, diffusion: Diffusion, event: tuple[int, ...], place: str, given: Mapping[str, Tensor]
+    potential: Any,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
+    event: tuple[int, ...],
+    place: str,
+    given: Mapping[str, Tensor],
 ) -> None:
     """One call, so that shapes are said to be wrong before any work."""
-    network = diffusion.denoiser
-    dtype = next((p.dtype for p in network.parameters()), torch.float32) if isinstance(network, nn.Module) else None
-    x = torch.zeros(1, *event, dtype=dtype or torch.float32)
+    process = diffusion.process
     condition = {k: v.unsqueeze(0) for k, v in given.items()}
     try:
-        Guided(network, potential)(x, torch.ones(1, dtype=x.dtype), **condition)
+        guide(diffusion, potential).predict(torch.zeros(1, process.channels, *event), process.time(1.0), **condition)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{place}: {error}") from error

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from undrift.denoise.base import Denoiser, per_sample
 from undrift.space import Space, space_of
 
-__all__ = ["Guided", "Parts", "Potential", "coloured"]
+__all__ = ["Guided", "Parts", "Potential", "coloured", "potential_on", "slope_of", "told_apart"]
 
 
 def coloured(space: Space, slope: Tensor) -> Tensor:
@@ -61,6 +62,52 @@ class Potential(Protocol):
             (batch,).
         """
         ...
+
+
+def potential_on(space: Space, potential: Potential) -> Potential:
+    """The potential, told the space it is used on.
+
+    Raises:
+        ValueError: if it was made for another.
+    """
+    own: Any = potential
+    if not hasattr(own, "space"):
+        return potential
+    if own.space is None:
+        return dataclasses.replace(own, space=space)
+    if own.space != space:
+        raise ValueError(
+            f"Guided: the potential was made for {own.space}, the model lives on {space}; leave the potential's space "
+            "out."
+        )
+    return potential
+
+
+def told_apart(potential: Potential, condition: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The conditions that the potential takes, and the rest."""
+    names = getattr(potential, "conditions", ())
+    own = {k: v for k, v in condition.items() if k in names}
+    return own, {k: v for k, v in condition.items() if k not in names}
+
+
+def slope_of(
+    potential: Potential, x: Tensor, sigma: Tensor, x0: Tensor, own: Mapping[str, Any], onward: bool
+) -> tuple[Tensor, Tensor]:
+    """The potential (batch,), and its partial derivatives in x (batch, *event), to which x0 is attached.
+
+    Args:
+        potential: see :class:`Potential`.
+        x, sigma, x0: as it takes them.
+        own: its conditions.
+        onward: keep the graph, for derivatives of the slope.
+    """
+    value = potential(x, sigma, x0, **own)
+    if value.shape != x.shape[:1]:
+        raise ValueError(
+            f"Guided: the potential must return one number per sample, ({x.shape[0]},), got {tuple(value.shape)}."
+        )
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=onward)
+    return (value, slope) if onward else (value.detach(), slope)
 
 
 class Parts(NamedTuple):
@@ -108,15 +155,7 @@ class Guided(Denoiser):
             raise ValueError(f"Guided: strength must be finite, got {self.strength}.")
         space = space_of(self.denoiser, self.space)
         object.__setattr__(self, "space", space)
-        potential: Any = self.potential
-        if hasattr(potential, "space"):
-            if potential.space is None:
-                object.__setattr__(self, "potential", dataclasses.replace(potential, space=space))
-            elif potential.space != space:
-                raise ValueError(
-                    f"Guided: the potential was made for {potential.space}, the denoiser lives on {space}; leave the "
-                    "potential's space out."
-                )
+        object.__setattr__(self, "potential", potential_on(space, self.potential))
 
     def parts(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Parts:
         """Both predictions and the log potential, from one call of the model and one pass back through it.
@@ -130,23 +169,14 @@ class Guided(Denoiser):
             The guided and the unguided prediction, in x's dtype, and the log potential in its own; without a graph
             unless gradients are enabled and x asks for them.
         """
-        names = getattr(self.potential, "conditions", ())
-        own = {k: v for k, v in condition.items() if k in names}
-        rest = {k: v for k, v in condition.items() if k not in names}
+        own, rest = told_apart(self.potential, condition)
         onward = torch.is_grad_enabled() and x.requires_grad
         level = per_sample(sigma, x)
         with torch.enable_grad():
             point = x if onward else x.detach().requires_grad_()
             x0 = self.denoiser(point, level.flatten(), **rest)
-            value = self.potential(point, level.flatten(), x0, **own)
-            if value.shape != x.shape[:1]:
-                raise ValueError(
-                    f"Guided: the potential must return one number per sample, ({x.shape[0]},), got "
-                    f"{tuple(value.shape)}."
-                )
-            (slope,) = torch.autograd.grad(value.sum(), point, create_graph=onward)
-        if not onward:
-            x0, value = x0.detach(), value.detach()
+            value, slope = slope_of(self.potential, point, level.flatten(), x0, own, onward)
+        x0 = x0 if onward else x0.detach()
         guided = x0 + self.strength * level.square() * coloured(self.space, slope)
         return Parts(guided, x0, value)
 

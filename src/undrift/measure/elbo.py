@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from undrift.bound import Bound, Decoder, Form
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise
 from undrift.measure.likelihood import bits_per_dim
 from undrift.process.times import InformationTimes, LogSnrTimes, TimeDensity
 
@@ -89,7 +90,7 @@ class Evidence:
 
 
 def elbo(
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
     x: Tensor,
     *,
     form: Form | None = None,

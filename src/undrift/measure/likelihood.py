@@ -28,6 +28,7 @@ from torch import Tensor
 
 from undrift._linalg import psd_sqrt
 from undrift.diffusion import Diffusion, NoiseDiffusion, require_white
+from undrift.guided_noise import GuidedNoise
 from undrift.measure.transport import Trace, transport
 from undrift.process.linear import mix
 
@@ -61,7 +62,7 @@ class Likelihood:
 
 
 def log_likelihood(
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
     x: Tensor,
     *,
     t_min: float = 1e-5,
@@ -126,7 +127,7 @@ def log_likelihood(
 
 
 def _augment(
-    diffusion: Diffusion | NoiseDiffusion, x: Tensor, samples: int, generator: torch.Generator
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise, x: Tensor, samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """States z_0 (samples * batch, K, *event) in float64 and log q(v_0) (samples * batch,)."""
     process = diffusion.process

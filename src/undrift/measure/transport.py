@@ -42,6 +42,7 @@ from undrift._interpolant import Interpolant
 from undrift._linalg import psd_sqrt, sqrt_sum
 from undrift._trace import carried_trace
 from undrift.diffusion import Diffusion, NoiseDiffusion, require_white
+from undrift.guided_noise import GuidedNoise
 from undrift.process.linear import LinearProcess, mix
 
 __all__ = ["Trace", "Transport", "transport"]
@@ -83,7 +84,7 @@ class _Field:
 
     def __init__(
         self,
-        diffusion: Diffusion | NoiseDiffusion,
+        diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
         z: Tensor,
         low: float,
         high: float,
@@ -150,7 +151,9 @@ class _Field:
         root = t.sqrt()[:, None, None] * psd_sqrt(d)[..., self.noisy]
         return torch.cat([both.flatten(1), root.flatten(1)], -1)
 
-    def _network(self, diffusion: NoiseDiffusion, z: Tensor, row: Tensor, log_t: float) -> tuple[Tensor, Tensor]:
+    def _network(
+        self, diffusion: NoiseDiffusion | GuidedNoise, z: Tensor, row: Tensor, log_t: float
+    ) -> tuple[Tensor, Tensor]:
         k = z.shape[1]
         drift, noise = row[: 2 * k * k].reshape(2, k, k)
         root = row[2 * k * k :].reshape(k, -1)
@@ -164,7 +167,7 @@ class _Field:
 
 
 def transport(
-    diffusion: Diffusion | NoiseDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
     z: Tensor,
     start: float,
     end: float,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from undrift._interpolant import Interpolant
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise
 from undrift.process.linear import mix
 from undrift.sample.plan import Nodes, Sampler
 
@@ -47,7 +48,7 @@ class ProbabilityFlow(Sampler):
 
     def solve(
         self,
-        diffusion: Diffusion | NoiseDiffusion,
+        diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
         z: Tensor,
         on_call: Callable[[], object] = lambda: None,
         **condition: Any,
@@ -95,7 +96,7 @@ class ProbabilityFlow(Sampler):
         return times, states, calls
 
 
-def flow_velocity(diffusion: Diffusion | NoiseDiffusion, t_min: float) -> Callable[..., Tensor]:
+def flow_velocity(diffusion: Diffusion | NoiseDiffusion | GuidedNoise, t_min: float) -> Callable[..., Tensor]:
     """``velocity(log_t, z, **condition)``: dz / d log t of the probability-flow ODE, from log t_min to log T.
 
     Its coefficients are tabulated once, so that a call costs the model and little else.

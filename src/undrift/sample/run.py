@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise
 from undrift.modal_diffusion import ModalDiffusion
 from undrift.process.linear import mix
 from undrift.sample.flow import ProbabilityFlow
@@ -67,7 +68,7 @@ def _check(n: int, shape: Sequence[int], batch: int | None) -> None:
 
 @torch.no_grad()
 def sample(
-    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion,
     n: int,
     shape: Sequence[int],
     sampler: Sampler | Plan,
@@ -153,7 +154,7 @@ def sample(
 
 
 def run_plan(
-    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion,
     plan: Plan,
     noise: Tensor,
     generator: torch.Generator,

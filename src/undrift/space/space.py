@@ -238,10 +238,21 @@ def _basis_for(fields: Tensor, basis: Basis | None) -> Basis:
 
 
 def space_of(model: object, given: Space | None = None) -> Space:
-    """The space that is given, or else the one that the model says it lives on, or else White."""
-    space = getattr(model, "space", None) if given is None else given
+    """The space that is given, or else the one that the model says it lives on, or else White.
+
+    Raises:
+        TypeError: if that is not a Space.
+        ValueError: if the model lives on another space of functions than the one given.
+    """
+    own = getattr(model, "space", None)
+    space = own if given is None else given
     if space is not None and not isinstance(space, Space):
         raise TypeError(f"space must be a Space, such as White() or a FunctionSpace, got a {type(space).__name__}.")
+    if given is not None and isinstance(own, FunctionSpace) and own != given:
+        raise ValueError(
+            f"space: the {type(model).__name__} removes noise of {own}, and was given {given}. Leave the space out; "
+            "where dataclasses.replace carries an old one along, give it space=None."
+        )
     return White() if space is None else space
 
 

@@ -1,0 +1,156 @@
+r"""Guidance of a network of all channels: the papers' parametrisation, conditioned on an event y.
+
+A :class:`~undrift.diffusion.NoiseDiffusion` sees the state :math:`z_t` itself, not its statistic :math:`\tilde x`. The
+guidance is the one of :class:`~undrift.denoise.Guided` still. With :math:`p(y \mid z_t) = p_\sigma(y \mid \tilde x)`,
+:math:`\tilde x = r_t^\top z_t` and :math:`S_t r_t = \sigma^2 m_t`,
+
+.. math::
+    \nabla \log p_t(z_t \mid y) = s(z_t, t) + r_t \otimes \nabla_{\tilde x} \log p_\sigma(y \mid \tilde x), \qquad
+    E[x_0 \mid z_t, y] = E[x_0 \mid z_t] + \sigma^2 C\, \nabla_{\tilde x} \log p_\sigma(y \mid \tilde x),
+
+the first on every channel, the second on channel 0 of the predicted start alone. A potential that looks at the
+prediction needs its derivative in x~; a state has it along :math:`m_t`, the way a change of :math:`x_0` moves it, since
+:math:`r_t^\top m_t = 1`. Where the network is right, every such way gives the same.
+
+References:
+    Pandey & Mandt, A Complete Recipe for Diffusion Generative Models, 2023, eq. 13-14 and appendix D.3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undrift._linalg import as_f64
+from undrift.denoise.guidance import Guided, Potential, coloured, potential_on, slope_of, told_apart
+from undrift.diffusion import Diffusion, NoiseDiffusion, Predictor, predictor_of
+from undrift.process.linear import LinearProcess, mix
+from undrift.space import Space
+
+__all__ = ["GuidedNoise", "guide"]
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedNoise:
+    """A noise network of all channels, given y; every sampler runs it as it runs the network.
+
+    Guided models nest, as guided denoisers do: Bayes' rule for two independent observations.
+
+    Args:
+        diffusion: the model, or one that is guided already; conditions that the potential does not take are passed on.
+        potential: see :class:`~undrift.denoise.guidance.Potential`.
+        strength: factor on the gradient, as for :class:`~undrift.denoise.Guided`.
+
+    Raises:
+        TypeError: if the model is no NoiseDiffusion.
+        ValueError: if the strength is not finite, or the potential was made for another space.
+    """
+
+    diffusion: NoiseDiffusion | GuidedNoise
+    potential: Potential
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.diffusion, (NoiseDiffusion, GuidedNoise)):
+            raise TypeError(
+                f"GuidedNoise: guides a NoiseDiffusion, got a {type(self.diffusion).__name__}; a denoiser is guided by "
+                "Guided."
+            )
+        if not math.isfinite(self.strength):
+            raise ValueError(f"GuidedNoise: strength must be finite, got {self.strength}.")
+        object.__setattr__(self, "potential", potential_on(self.space, self.potential))
+
+    @property
+    def _model(self) -> NoiseDiffusion:
+        return self.diffusion._model if isinstance(self.diffusion, GuidedNoise) else self.diffusion
+
+    @property
+    def process(self) -> LinearProcess:
+        """That of the model."""
+        return self.diffusion.process
+
+    @property
+    def space(self) -> Space:
+        """Where the points live: the model's space."""
+        return self.diffusion.space
+
+    @property
+    def predictions(self) -> int:
+        """P = K, as for the model."""
+        return self.diffusion.predictions
+
+    def reading(self, times: Tensor) -> Tensor:
+        """What :meth:`read` needs at times (N,): the model's, then r, m, and sigma; (N, R + 2 K + 1)."""
+        times = as_f64(times)
+        snr, row = self.process._weights(times)
+        return torch.cat(
+            [self.diffusion.reading(times), row, self.process.kernel(times)[0], snr.rsqrt().unsqueeze(-1)], -1
+        )
+
+    def _asked(self, z: Tensor, reading: Tensor, **condition: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What is known at z, for readings (R,) or one per sample (batch, R).
+
+        Returns:
+            The network's noise and the start given y, (batch, K, *event); and strength C grad log p(y | x~), summed
+            over nested guidance, (batch, *event).
+        """
+        k = self.process.channels
+        own, rest = told_apart(self.potential, condition)
+        inner, row, mean, sigma = reading.split([reading.shape[-1] - 2 * k - 1, k, k, 1], -1)
+        level = sigma.to(z).expand(len(z), 1).flatten()
+        onward = torch.is_grad_enabled() and z.requires_grad
+        with torch.enable_grad():
+            state = z if onward else z.detach()
+            x = mix(row.unsqueeze(-2), state).squeeze(1)
+            point = x.clone() if onward else x.requires_grad_()
+            moved = state + mix(mean.unsqueeze(-1), (point - (x if onward else x.detach())).unsqueeze(1))
+            if isinstance(self.diffusion, GuidedNoise):
+                noise, start, before = self.diffusion._asked(moved, inner, **rest)
+            else:
+                noise = self.diffusion.ask(moved, inner, **rest)
+                start, before = self.diffusion.start(moved, noise, inner), torch.zeros_like(point)
+            slope = slope_of(self.potential, point, level, start[:, 0], own, onward)[1]
+        pull = self.strength * coloured(self.space, slope)
+        if not onward:
+            noise, start, before = noise.detach(), start.detach(), before.detach()
+        x0 = start[:, 0] + level.square().reshape(-1, *[1] * (pull.ndim - 1)) * pull
+        return noise, torch.cat([x0.unsqueeze(1), start[:, 1:]], 1), before + pull
+
+    def read(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor:
+        """Predicted start state (batch, K, *event) given y, for one row of :meth:`reading`."""
+        return self._asked(z, reading, **condition)[1]
+
+    def predictor(self, times: Tensor) -> Predictor:
+        """Predictor of the whole start state at fixed times (N,), its coefficients computed once; P = K."""
+        return predictor_of(self, times)
+
+    def score(self, z: Tensor, t: object, root: Tensor | None = None, **condition: Any) -> Tensor:
+        """Estimated grad log p_t(z | y), same shape as z (batch, K, *event); arguments as the model's."""
+        return self.space.precision(self.preconditioned_score(z, t, root, **condition))
+
+    def preconditioned_score(self, z: Tensor, t: object, root: Tensor | None = None, **condition: Any) -> Tensor:
+        """C times :meth:`score`: the same on White, and finite on every grid."""
+        time = self.process._per_sample(z, t)
+        reading = self.reading(time)
+        noise, _, pull = self._asked(z, reading, **condition)
+        k = self.process.channels
+        row = reading[:, -2 * k - 1 : -k - 1].unsqueeze(-1)
+        score = self._model.score_of(z, noise, self._model.coefficients(time), root)
+        return score + mix(row if root is None else root.mT @ row, pull.unsqueeze(1))
+
+    def predict(self, z: Tensor, t: object, **condition: Any) -> Tensor:
+        r"""E[x0 | z_t = z, y] by the part of the score that speaks about it; (batch, *event)."""
+        return self._model.tweedie(z, t, self.preconditioned_score(z, t, **condition))
+
+
+def guide(
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise, potential: Potential, strength: float = 1.0
+) -> Diffusion | GuidedNoise:
+    """A diffusion of either kind, given y: by :class:`~undrift.denoise.Guided`, or :class:`GuidedNoise`."""
+    if isinstance(diffusion, (NoiseDiffusion, GuidedNoise)):
+        return GuidedNoise(diffusion, potential, strength)
+    return Diffusion(diffusion.process, Guided(diffusion.denoiser, potential, strength, diffusion.space))
