@@ -16,7 +16,7 @@ from undrift.denoise import (
     PseudoInverse,
     TweedieMoments,
 )
-from undrift.guided_noise import GuidedNoise, guide
+from undrift.guided_noise import GuidedNoise, classifier_free, guide
 from undrift.networks import MLP
 from undrift.observe import GaussianNoise, Matrix, Observation, Points
 from undrift.process import CLD, PSLD, VP
@@ -145,6 +145,30 @@ def test_either_kind_of_diffusion_is_guided_by_one_function():
     plain = guide(Diffusion(VP(), PRIOR), POTENTIALS[0], 2.0)
     x, s = normal(2, 3), torch.tensor([0.5, 1.0], dtype=torch.float64)
     torch.testing.assert_close(plain.denoiser(x, s), Guided(PRIOR, POTENTIALS[0], 2.0)(x, s), rtol=0, atol=0)
+
+
+class Classes:
+    """Of a model trained with classes and without: -1 is the whole mixture."""
+
+    def __init__(self, process=None):
+        parts = [GaussianDenoiser(m, c) for m, c in zip(PRIOR.means, PRIOR.covs, strict=True)]
+        self.models = [*parts, PRIOR] if process is None else [ExactNoise(process, d) for d in (*parts, PRIOR)]
+
+    def __call__(self, x, level, y):
+        return torch.stack([model(x, level) for model in self.models])[y, torch.arange(len(x))]
+
+
+def test_noise_networks_are_guided_without_a_classifier():
+    """By the difference of two answers; inside the interval of levels only, which the label must tell."""
+    process = CLD()
+    noise = classifier_free(NoiseDiffusion(process, Classes(process)), 2.5, (0.1, 1.0))
+    exact = classifier_free(Diffusion(process, Classes()), 2.5, (0.1, 1.0))
+    t, y = process.time(torch.tensor([0.05, 0.9, 3.0], dtype=torch.float64)), torch.tensor([0, 1, 0])
+    z, _ = process.perturb(normal(3, 3, seed=2), t, torch.Generator().manual_seed(3))
+    want = exact.score(z, t, y=y)
+    torch.testing.assert_close(noise.score(z, t, y=y), want, rtol=1e-7, atol=1e-8 * float(want.abs().max()))
+    plain = Diffusion(process, Classes()).score(z, t, y=y)
+    assert ((want - plain).flatten(1).abs().amax(1) > 1e-3).tolist() == [False, True, False]
 
 
 def test_what_cannot_be_guided_is_refused():

@@ -1,7 +1,7 @@
 """undrift: design a diffusion, learn it, and get back."""
 
 from undrift.diffusion import Diffusion, NoiseDiffusion
-from undrift.guided_noise import GuidedNoise, guide
+from undrift.guided_noise import GuidedNoise, classifier_free, guide
 from undrift.measure import elbo, log_likelihood
 from undrift.modal_diffusion import ModalDiffusion
 from undrift.nonlinear_diffusion import NonlinearDiffusion
@@ -17,6 +17,7 @@ __all__ = [
     "NoiseDiffusion",
     "NonlinearDiffusion",
     "__version__",
+    "classifier_free",
     "elbo",
     "guide",
     "load",

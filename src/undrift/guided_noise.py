@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +27,13 @@ import torch
 from torch import Tensor
 
 from undrift._linalg import as_f64
+from undrift.denoise.free import ClassifierFree
 from undrift.denoise.guidance import Guided, Potential, coloured, potential_on, slope_of, told_apart
 from undrift.diffusion import Diffusion, NoiseDiffusion, Predictor, predictor_of
 from undrift.process.linear import LinearProcess, mix
 from undrift.space import Space
 
-__all__ = ["GuidedNoise", "guide"]
+__all__ = ["GuidedNoise", "classifier_free", "guide"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,3 +156,34 @@ def guide(
     if isinstance(diffusion, (NoiseDiffusion, GuidedNoise)):
         return GuidedNoise(diffusion, potential, strength)
     return Diffusion(diffusion.process, Guided(diffusion.denoiser, potential, strength, diffusion.space))
+
+
+def classifier_free(
+    diffusion: Diffusion | NoiseDiffusion, strength: float = 2.0, interval: tuple[float, float] = (0.0, math.inf)
+) -> Diffusion | NoiseDiffusion:
+    """A diffusion of either kind, guided without a classifier; see :class:`~undrift.denoise.ClassifierFree`.
+
+    Scores are affine in what a network says, so a noise network is guided by the difference of two of its answers.
+
+    Args:
+        diffusion: the conditional model, trained with conditions dropped now and then.
+        strength: w.
+        interval: noise levels (low, high] at which to guide.
+    """
+    if isinstance(diffusion, NoiseDiffusion):
+        d, network = diffusion, _Free(diffusion.network, strength, interval)
+        return NoiseDiffusion(d.process, network, d.kernel, d.factor, d.mixed, d.data_std, d.space)
+    return Diffusion(diffusion.process, ClassifierFree(diffusion.denoiser, strength, interval), diffusion.space)
+
+
+class _Free:
+    """A noise network with guidance at noise levels, which are told by its label, a quarter of their logarithm."""
+
+    def __init__(self, network: Callable[..., Tensor], strength: float, interval: tuple[float, float]) -> None:
+        def at_levels(x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:
+            return network(x, 0.25 * torch.as_tensor(sigma).log(), **condition)
+
+        self._guided = ClassifierFree(at_levels, strength, interval)
+
+    def __call__(self, z: Tensor, label: Tensor, **condition: Any) -> Tensor:
+        return self._guided(z, (4 * label).exp(), **condition)

@@ -25,7 +25,6 @@ from undrift.cli.given import (
 from undrift.cli.rules import OF_PARTS, Method, Twisting
 from undrift.config import ConfigError, describe
 from undrift.denoise import (
-    ClassifierFree,
     ClassifierPotential,
     Known,
     Linearised,
@@ -34,7 +33,7 @@ from undrift.denoise import (
     TweedieMoments,
 )
 from undrift.diffusion import Diffusion, NoiseDiffusion
-from undrift.guided_noise import GuidedNoise, guide
+from undrift.guided_noise import GuidedNoise, classifier_free, guide
 from undrift.observe import CorrelatedNoise, GaussianNoise, LinearOperator, Mask, Noise, Observation, Operator
 from undrift.report import PosteriorRecord, accuracy, label
 from undrift.report.plots import is_image
@@ -183,19 +182,17 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
         notes["y"] = run.y
     method = _method(run, checkpoint)
     free = run.y is not None and run.guidance is not None and run.classifier is None
-    if isinstance(diffusion, NoiseDiffusion) and (free or method in ("known", "twisted")):
-        what = "guidance without a classifier" if free else f"--method {method}"
+    if isinstance(diffusion, NoiseDiffusion) and method in ("known", "twisted"):
         raise ConfigError(
-            f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and {what} needs a denoiser; "
-            "train one, or take --classifier for classes, --method replace, dps, pigdm, moments or linearised for data."
+            f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and --method {method} needs a "
+            "denoiser; train one, or take --method replace, dps, pigdm, moments or linearised."
         )
     model: Diffusion | NoiseDiffusion | GuidedNoise = diffusion
     if free:
-        assert isinstance(diffusion, Diffusion)
         _check_dropped(checkpoint)
         interval = (0.0, math.inf) if run.interval is None else run.interval
         assert run.guidance is not None
-        model = Diffusion(diffusion.process, ClassifierFree(diffusion.denoiser, run.guidance, interval))
+        model = classifier_free(diffusion, run.guidance, interval)
         words[-1] += f" at strength {run.guidance:g}"
         notes |= {"guidance": run.guidance, "interval": None if run.interval is None else list(run.interval)}
     if run.classifier is not None:
@@ -205,7 +202,7 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
             raise ConfigError(f"label: {run.classifier} knows classes 0 to {classifier.classes - 1}, got {run.label}.")
         strength = 1.0 if run.guidance is None else run.guidance
         potential: Any = ClassifierPotential(classifier, run.label)
-        model = guide(diffusion, potential, strength)
+        model = guide(model, potential, strength)
         words.append(f"class {run.label} by a classifier at strength {strength:g}")
         notes |= {"classifier": run.classifier, "label": run.label, "guidance": strength}
     if method is None:
