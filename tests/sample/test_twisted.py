@@ -10,13 +10,13 @@ import torch
 
 from tests.sample.affine import data_law
 from undrift import Diffusion, NoiseDiffusion, sample
-from undrift.denoise import GaussianDenoiser
-from undrift.observe import GaussianNoise, Matrix, Observation
+from undrift.denoise import FieldGaussian, GaussianDenoiser, PseudoInverse
+from undrift.observe import GaussianNoise, Matrix, Observation, Points
 from undrift.process import CLD, PSLD, VE, VP
 from undrift.sample import SSCS, Ancestral, EulerMaruyama, Exponential, Heun, ProbabilityFlow, Quadratic, Uniform
 from undrift.sample.shift import lower_roots, shifts
 from undrift.sample.twisted import twisted
-from undrift.space import Cosine, FunctionSpace, Matern
+from undrift.space import Cosine, FunctionSpace, HeatKernel, Matern
 
 MEAN, VARIANCE, NOISE, Y = 0.3, 0.5, 0.4, 1.1
 F64 = torch.float64
@@ -206,6 +206,22 @@ def test_coloured_noise_is_measured_in_its_own_norm():
     off, error = deviation(outs[0].run_log_evidence, log_p)
     assert abs(off) < 4
     assert error < 0.05
+
+
+def test_single_precision_does_not_show_in_modes_that_have_little_noise():
+    """Noise whose highest modes have a variance of 1e-12: rounding of the predictions, in units of it, is of order 1.
+
+    Taken from the slope, guidance in physical coordinates is that of whitened ones, up to the rounding of weights.
+    """
+    smooth, at = FunctionSpace(Cosine(), HeatKernel(0.1)), Points(((0.3,), (0.6,)))
+    seen = Observation(at, GaussianNoise(0.3), torch.tensor([0.8, 0.1]))
+    outs = []
+    for coordinates in ("physical", "coefficients", "whitened"):
+        space = smooth.in_coordinates(coordinates)
+        diffusion = Diffusion(VP(), FieldGaussian(space, HeatKernel(0.1)))
+        outs.append(twisted(diffusion, seen, PseudoInverse(seen), 20, (64,), Ancestral(12), 0, resample=0.0))
+    for out in outs[:2]:
+        torch.testing.assert_close(out.log_weights, outs[2].log_weights, rtol=0, atol=0.02)
 
 
 def test_observations_see_fields_whatever_the_coordinates():

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from undrift._linalg import as_f64
+from undrift.denoise.base import per_sample
 from undrift.denoise.network import NoiseAware
 from undrift.networks.classifier import ClassifierNetwork
+from undrift.space import Space
 
 __all__ = ["BayesClassifier", "Classifier", "ClassifierPotential", "NetworkClassifier"]
 
@@ -68,16 +70,30 @@ class NetworkClassifier(NoiseAware):
 
     .. math:: \mathrm{logits} = F(c_{in} \tilde x;\ \tfrac14 \ln \sigma), \qquad c_{in} = (\sigma^2 + \sigma_d^2)^{-1/2}
 
-    Labels are held to the levels it was trained at, as in :class:`~undrift.denoise.NetworkDenoiser`.
+    Below sigma_min the label is that of sigma_min. Beyond sigma_max, where most processes begin, a point tells of x0
+    through :math:`\exp(\langle x_0, \tilde x\rangle_C / \sigma^2)` and a remainder of order :math:`1/\sigma^2`, so the
+    network is asked at sigma_max of :math:`(\sigma_{max}/\sigma)^2\, \tilde x`. Guidance there is as at sigma_max;
+    by a label that is merely held it would grow with sigma, to many times the data's size.
 
     Args:
         network: maps (batch, *event) and labels (batch,) to logits (batch, classes).
         sigma_data: deviation of one data coordinate.
-        sigma_min, sigma_max: range of noise levels the network is trained at.
+        sigma_min, sigma_max: range of noise levels the network is trained at; those of
+            :class:`~undrift.train.Classification` unless it is given others.
         space: where the points live: its noise is what the network learns to see through.
     """
 
     network: ClassifierNetwork
+
+    def __init__(
+        self,
+        network: ClassifierNetwork,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        space: Space | None = None,
+    ) -> None:
+        super().__init__(network, sigma_data, sigma_min, sigma_max, space)
 
     @property
     def classes(self) -> int:
@@ -86,7 +102,9 @@ class NetworkClassifier(NoiseAware):
 
     def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Logits (batch, classes), in x's dtype, of noisy points x (batch, *event); the network computes in its own."""
-        return self._ask(x, sigma)[2]
+        level = per_sample(sigma, x)
+        beyond = (level / self.sigma_max).clamp(min=1)
+        return self._ask(x / beyond.square(), level.clamp(max=self.sigma_max).flatten())[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +117,9 @@ class ClassifierPotential:
     Args:
         classifier: maps noisy points and levels to logits (batch, classes).
         label: a class, or one per sample of the batch, (batch,).
+
+    Raises:
+        TypeError, ValueError: by a call, if there is no class, or it is not one of the classifier's.
     """
 
     conditions: ClassVar[tuple[str, ...]] = ("label",)
@@ -111,6 +132,8 @@ class ClassifierPotential:
         if chosen is None:
             raise ValueError("ClassifierPotential: no class; give it a label, or label= with the call.")
         index = torch.as_tensor(chosen, device=x.device)
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise TypeError(f"ClassifierPotential: a class is an integer, got {index.dtype}.")
         if index.ndim and index.shape != x.shape[:1]:
             raise ValueError(
                 f"ClassifierPotential: label must be one class or one per sample, ({x.shape[0]},), got "
@@ -121,4 +144,4 @@ class ClassifierPotential:
             raise ValueError(
                 f"ClassifierPotential: labels must lie in 0 ... {logits.shape[1] - 1}, got {index.tolist()}."
             )
-        return logits.log_softmax(1).gather(1, index.expand(x.shape[0]).unsqueeze(1)).squeeze(1)
+        return logits.log_softmax(1).gather(1, index.long().expand(x.shape[0]).unsqueeze(1)).squeeze(1)

@@ -100,11 +100,24 @@ def slope_of(
         x, sigma, x0: as it takes them.
         own: its conditions.
         onward: keep the graph, for derivatives of the slope.
+
+    Raises:
+        ValueError: if the potential is not one number per sample.
+        RuntimeError: if it has no graph back to x.
     """
     value = potential(x, sigma, x0, **own)
     if value.shape != x.shape[:1]:
         raise ValueError(
             f"Guided: the potential must return one number per sample, ({x.shape[0]},), got {tuple(value.shape)}."
+        )
+    if not value.requires_grad:
+        raise RuntimeError(
+            "Guided: the potential has no graph back to the noisy points, so it has no gradient. "
+            + (
+                "Inference mode keeps none: use torch.no_grad(), within which guidance takes its own."
+                if torch.is_inference_mode_enabled()
+                else "Look for no_grad(), detach() or numbers taken out of tensors in the model and in the potential."
+            )
         )
     (slope,) = torch.autograd.grad(value.sum(), x, create_graph=onward)
     return (value, slope) if onward else (value.detach(), slope)
@@ -117,11 +130,13 @@ class Parts(NamedTuple):
         guided: prediction given y, (batch, *event).
         unguided: prediction of the denoiser inside, (batch, *event).
         log_potential: value of the potential, (batch,); the strength does not enter.
+        slope: its partial derivatives in the noisy point, (batch, *event); nor does it here.
     """
 
     guided: Tensor
     unguided: Tensor
     log_potential: Tensor
+    slope: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +181,8 @@ class Guided(Denoiser):
             condition: what the potential takes goes to it, the rest to the model.
 
         Returns:
-            The guided and the unguided prediction, in x's dtype, and the log potential in its own; without a graph
-            unless gradients are enabled and x asks for them.
+            The predictions and the slope, in x's dtype, and the log potential in its own; without a graph unless
+            gradients are enabled and x asks for them.
         """
         own, rest = told_apart(self.potential, condition)
         onward = torch.is_grad_enabled() and x.requires_grad
@@ -177,8 +192,9 @@ class Guided(Denoiser):
             x0 = self.denoiser(point, level.flatten(), **rest)
             value, slope = slope_of(self.potential, point, level.flatten(), x0, own, onward)
         x0 = x0 if onward else x0.detach()
-        guided = x0 + self.strength * level.square() * coloured(self.space, slope)
-        return Parts(guided, x0, value)
+        # One factor at a time: sigma^2 may overflow, where the slope is of order 1 / sigma^2.
+        guided = x0 + level * (level * (self.strength * coloured(self.space, slope)))
+        return Parts(guided, x0, value, slope)
 
     def __call__(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:
         """E[x0 | x~ = x, y] as the potential has it; same shape and dtype as x (batch, *event)."""

@@ -41,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift._weights import ancestors, effective_sample_size, log_mean_exp
+from undrift.denoise.base import per_sample
 from undrift.denoise.guidance import Guided, Parts, Potential
 from undrift.diffusion import Diffusion
 from undrift.observe import Observation
@@ -182,7 +183,9 @@ class _Walk:
     ) -> None:
         self.plan, self.batch, self.condition = plan, batch, condition
         self.space = space = diffusion.space
-        self.whitened = space.in_coordinates("whitened") if isinstance(space, FunctionSpace) else None
+        self.modes: FunctionSpace | None = None
+        if isinstance(space, FunctionSpace) and not space.white:
+            self.modes = space.in_coordinates("coefficients")
         self.denoiser = diffusion.denoiser
         self.guided = None if potential is None else Guided(diffusion.denoiser, potential, strength, space)
         observed = getattr(likelihood, "log_likelihood", None)
@@ -193,8 +196,20 @@ class _Walk:
         self.roots = lower_roots(plan)
         self.shifts = shifts(plan, self.roots)
 
-    def parts(self, z: Tensor, i: int, bar: tqdm) -> Parts:
-        """What the model says of all states z (n, K, *event) at call i."""
+    def move(self, parts: Parts, sigma: Tensor) -> Tensor:
+        """What guidance adds to a prediction, strength sigma^2 C grad log g, by the unit normals that would draw it.
+
+        From the slope: the difference of two predictions, divided by the root of C, is rounding where modes are faint.
+        """
+        assert self.guided is not None
+        slope = parts.slope
+        if self.modes is not None:
+            slope = self.modes.root(self.modes.encode(self.space.decode(self.space.gradient(slope))))
+        level = per_sample(sigma, slope)
+        return level * (level * (self.guided.strength * slope))
+
+    def parts(self, z: Tensor, i: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor]:
+        """The predictions at all states z (n, K, *event) at call i, what guidance adds to each, and log g (n,)."""
         x = mix(self.readings[i, :-1].unsqueeze(0), z).squeeze(1)
         said = []
         for first in range(0, len(z), self.batch):
@@ -206,11 +221,13 @@ class _Walk:
             }
             if self.guided is None:
                 x0 = self.denoiser(some, sigma, **condition)
-                said.append(Parts(x0, x0, x0.new_zeros(len(some))))
+                said.append((x0, torch.zeros_like(x0), x0.new_zeros(len(some))))
             else:
-                said.append(self.guided.parts(some, sigma, **condition))
+                parts = self.guided.parts(some, sigma, **condition)
+                said.append((parts.unguided, self.move(parts, sigma), parts.log_potential))
             bar.update()
-        return Parts(*(torch.cat(part) for part in zip(*said, strict=True)))
+        unguided, move, log_g = (torch.cat(part) for part in zip(*said, strict=True))
+        return unguided, move, log_g
 
     def step(
         self, i: int, z: Tensor, before: Tensor, past: list[Tensor], moved: list[Tensor], generator: torch.Generator
@@ -220,7 +237,8 @@ class _Walk:
         Args:
             i: the row.
             z, before: states, and those before them.
-            past, moved: unguided predictions, and what guidance adds to each, newest first; (n, 1, *event) each.
+            past, moved: unguided predictions, and what guidance adds to each, in unit normals, newest first;
+                (n, 1, *event) each.
             generator: of the noise.
         """
         plan, root = self.plan, self.roots[i]
@@ -237,8 +255,6 @@ class _Walk:
             shape = (len(z), int(columns.sum()), *z.shape[2:])
             xi = torch.empty(shape, dtype=z.dtype, device=z.device).normal_(generator=generator)
             u = mix(self.shifts[i, : len(moved), columns].mT, torch.cat(moved, 1))
-            if self.whitened is not None:
-                u = self.whitened.encode(self.space.decode(u))
             ratio = -(u * (xi + 0.5 * u)).flatten(1).sum(1, dtype=torch.float64)
             blocks.append(root[:, columns])
             parts.append(self.space.colour(xi + u))
@@ -258,11 +274,11 @@ class _Walk:
         offset = m * torch.arange(runs, device=place).unsqueeze(-1)
         ess, resampled = [], []
         for i in range(plan.calls):
-            guided, unguided, g = self.parts(z, i, bar)
+            unguided, move, g = self.parts(z, i, bar)
             log_w = _gain(log_w, ratio + g.double() - value, f"call {i} of {plan.calls}")
-            value, dead = g.double(), (log_w == -math.inf).reshape(-1, *[1] * (guided.ndim - 1))
+            value, dead = g.double(), (log_w == -math.inf).reshape(-1, *[1] * (move.ndim - 1))
             past = [unguided.unsqueeze(1), *past[: plan.B.shape[1] - 1]]
-            moved = [(guided - unguided).masked_fill(dead, 0.0).unsqueeze(1), *moved[: plan.B.shape[1] - 1]]
+            moved = [move.masked_fill(dead, 0.0).unsqueeze(1), *moved[: plan.B.shape[1] - 1]]
             ess.append(effective_sample_size(log_w))
             due = ess[-1] < resample * m * (1 - 1e-12)
             resampled.append(due)
