@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from undrift._linalg import as_f64
+from undrift.denoise.free import ClassifierFree
+from undrift.denoise.known import Known
 from undrift.denoise.spectral import SpectralDenoiser
 from undrift.process.linear import LinearProcess
 from undrift.space import FunctionSpace
@@ -27,7 +29,7 @@ class ModalDiffusion:
 
     Args:
         process: any linear process whose sigma(T) reaches the clock's highest level.
-        denoiser: a denoiser made with a clock.
+        denoiser: a SpectralDenoiser made with a clock, or Known or ClassifierFree around one.
 
     Raises:
         ValueError: if the denoiser has no clock, or the process ends before its highest level.
@@ -38,7 +40,7 @@ class ModalDiffusion:
     """
 
     process: LinearProcess
-    denoiser: SpectralDenoiser
+    denoiser: SpectralDenoiser | Known | ClassifierFree
 
     def __post_init__(self) -> None:
         clock = getattr(self.denoiser, "clock", None)
@@ -62,9 +64,16 @@ class ModalDiffusion:
         return self.denoiser.clock
 
     @property
+    def _functions(self) -> FunctionSpace:
+        """The denoiser's space, in its own coordinates."""
+        space = self.denoiser.space
+        assert isinstance(space, FunctionSpace)
+        return space
+
+    @property
     def space(self) -> FunctionSpace:
         """Where states live: the denoiser's space, by coefficients."""
-        return self.denoiser.function_space.in_coordinates("coefficients")
+        return self._functions.in_coordinates("coefficients")
 
     @property
     def predictions(self) -> int:
@@ -78,7 +87,7 @@ class ModalDiffusion:
 
     def express(self, c: Tensor) -> Tensor:
         """Coefficients (..., *grid) in the coordinates of the denoiser's space."""
-        space = self.denoiser.function_space
+        space = self._functions
         return space.encode(space.basis.synthesise(c))
 
     def read(self, z: Tensor, row: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
@@ -90,7 +99,7 @@ class ModalDiffusion:
             sigma: clock level.
             condition: passed on to the denoiser.
         """
-        space = self.denoiser.function_space
+        space = self._functions
         weights = row.to(z).reshape(row.shape[0], *[1] * (z.ndim - 1 - row.ndim), *row.shape[1:])
         x = self.express((weights * z).sum(1))
         x0 = self.denoiser(x, sigma.to(x).expand(z.shape[0]), **condition)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
 from undrift.space import Space, space_of
+from undrift.space.clock import ModalClock
 
 __all__ = ["ClassifierFree"]
 
@@ -65,6 +66,11 @@ class ClassifierFree(Denoiser):
     def space(self) -> Space:
         """Where the points live: the denoiser's space."""
         return space_of(self.denoiser)
+
+    @property
+    def clock(self) -> ModalClock | None:
+        """The denoiser's clock of modes, if it has one."""
+        return getattr(self.denoiser, "clock", None)
 
     def __call__(self, x: Tensor, sigma: Tensor | float, y: Tensor | int | None = None, **condition: Any) -> Tensor:
         """

@@ -157,7 +157,8 @@ class Guided(Denoiser):
             White.
 
     Raises:
-        ValueError: if the strength is not finite, or the potential was made for another space.
+        ValueError: if the strength is not finite, the denoiser has a clock of modes, or the potential was made for
+            another space.
     """
 
     denoiser: Denoiser
@@ -168,6 +169,11 @@ class Guided(Denoiser):
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
             raise ValueError(f"Guided: strength must be finite, got {self.strength}.")
+        if getattr(self.denoiser, "clock", None) is not None:
+            raise ValueError(
+                f"Guided: the {type(self.denoiser).__name__} has a clock of modes, on which every mode has a level of "
+                "its own, and guidance is by one level; guide a denoiser without a clock."
+            )
         space = space_of(self.denoiser, self.space)
         object.__setattr__(self, "space", space)
         object.__setattr__(self, "potential", potential_on(space, self.potential))

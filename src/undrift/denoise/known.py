@@ -21,6 +21,7 @@ from torch import Tensor
 
 from undrift.denoise.base import Denoiser, per_sample
 from undrift.space import Space, space_of
+from undrift.space.clock import ModalClock
 
 __all__ = ["Known"]
 
@@ -55,6 +56,11 @@ class Known(Denoiser):
     def space(self) -> Space:
         """Where the points live: the denoiser's space."""
         return space_of(self.denoiser)
+
+    @property
+    def clock(self) -> ModalClock | None:
+        """The denoiser's clock of modes, if it has one."""
+        return getattr(self.denoiser, "clock", None)
 
     def _check(self, values: Tensor) -> None:
         known = torch.where(self.mask.to(values.device), values, 0.0)

@@ -84,7 +84,7 @@ class _Gaussian(_OfObservation):
         if isinstance(noise, GaussianNoise):
             return noise.variance.to(device).sqrt().expand(data).flatten()
         assert isinstance(noise, CorrelatedNoise)
-        return torch.linalg.cholesky(noise.covariance(data)).to(device)
+        return noise.root(data).to(device)
 
     def _white(self, x0: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, torch.Size]:
         """R^-1 (y - A x0), (batch, m), float64; R; and the shape of the data."""

@@ -103,7 +103,7 @@ class SpectralDenoiser(NetworkDenoiser):
         mu, noise = self.variances(x, sigma)
         total = mu + noise
         f = self._network(c, mu, noise, sigma, **condition)
-        return space.encode(space.basis.synthesise(mu / total * c + (mu * noise / total).sqrt() * f))
+        return space.encode(space.basis.synthesise(mu / total * c + mu.sqrt() * (noise / total).sqrt() * f))
 
     def misfit(self, x: Tensor, sigma: Tensor, xi: Tensor, **condition: Any) -> Tensor:
         r"""Error of the network's own output, :math:`\sum_j \mu_j |f_j - f^*_j|^2 / \sum_j \mu_j`, (batch,).
@@ -115,7 +115,8 @@ class SpectralDenoiser(NetworkDenoiser):
         total = mu + noise
         clean = space.coefficients(x)
         c = clean + noise.sqrt() * xi
-        target = (clean - mu / total * c) / (mu * noise / total).sqrt()
+        # (clean - c_skip c) / c_out with its differences taken by hand: mu times noise underflows in smooth modes.
+        target = (noise / total).sqrt() * clean / mu.sqrt() - (mu / total).sqrt() * xi
         error = self._network(c, mu, noise, sigma, **condition) - target
         parts = x.numel() // (x.shape[0] * mu.numel())
         return (mu * error.square()).reshape(x.shape[0], -1).sum(1) / (parts * mu.sum())

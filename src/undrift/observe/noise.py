@@ -154,6 +154,11 @@ class CorrelatedNoise(Noise):
         self._fits(data)
         return self.cov
 
+    def root(self, data: Sequence[int]) -> Tensor:
+        """Its lower root (d, d), float64."""
+        self._fits(data)
+        return self._root
+
 
 @dataclass(frozen=True, eq=False)
 class LaplaceNoise(Noise):
