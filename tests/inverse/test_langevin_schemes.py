@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from undrift.denoise import SpectralDenoiser
 from undrift.inverse import (
     Annealing,
     DenoiserPrior,
@@ -14,13 +15,26 @@ from undrift.inverse import (
     PosteriorInformed,
     PriorCovariance,
     StepTooLarge,
+    check_step,
     find_mode,
     langevin,
     stiffness,
 )
 from undrift.inverse.langevin import advance
-from undrift.observe import CorrelatedNoise, Darcy1d, GaussianNoise, LaplaceNoise, Observation, Points, PoissonNoise
-from undrift.space import Cosine, Fourier, FunctionSpace, Matern
+from undrift.inverse.posterior import pull_back
+from undrift.inverse.step import extremes
+from undrift.networks import SpectralNet
+from undrift.observe import (
+    CorrelatedNoise,
+    Darcy1d,
+    GaussianNoise,
+    Identity,
+    LaplaceNoise,
+    Observation,
+    Points,
+    PoissonNoise,
+)
+from undrift.space import Blurring, Cosine, Fourier, FunctionSpace, Matern
 
 PLACES = (0.1, 0.33, 0.5, 0.52, 0.9)
 Y = torch.tensor([0.3, -0.5, 0.2, 0.4, 1.0], dtype=torch.float64)
@@ -186,6 +200,72 @@ def test_stiffness_is_the_largest_eigenvalue(coordinates):
     h = (lam / (math.exp(-0.1) * mu - math.expm1(-0.1) * lam)).max()
     got = stiffness(posterior, x, 0.1, PriorCovariance(rough), iterations=60)
     torch.testing.assert_close(got, h.expand(2), rtol=2e-2, atol=0)
+
+
+def test_stiffness_is_the_largest_eigenvalue_also_where_the_hessian_has_more_negative_ones():
+    """And the smallest, from within a spectrum of which power iteration would see the negative end alone."""
+    s = space("whitened")
+    x = torch.zeros(3, 24, dtype=torch.float64)
+    for curved in ((-50.0, 30.0), (-50.0,), (-30.0, -29.0, 30.0), ()):
+        d = torch.tensor([*curved, *[0.0] * (24 - len(curved))], dtype=torch.float64)
+        posterior = Posterior(FieldMixture(s), lambda x, d=d: -0.5 * (x.square() * d).sum(1))
+        low, high = extremes(posterior, x, 0.0, PriorCovariance(s))
+        for got, want in ((low, 1 + d.min()), (high, 1 + d.max())):
+            torch.testing.assert_close(got, want.expand(3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("wide", "below"), [(4.0, 0.75), (1.0, 0.0)])
+def test_a_step_that_would_make_the_posterior_too_narrow_is_refused(wide, below):
+    """A prior of four times the noise's variance, no data: b = -3/4 in every direction, the variance divided by 1 + 3/8
+    gamma, which is confirmed by the exact stationary law."""
+    s = space()
+    posterior = Posterior(FieldMixture(s, spectrum=Matern(2.0, 3.0, wide)), lambda x: 0 * x.sum(1))
+    x = torch.zeros(3, 16, dtype=torch.float64)
+    report = check_step(posterior, x, 0.0, PriorCovariance(s), 1.0, "crank-nicolson")
+    assert report.product == pytest.approx(below, abs=1e-10)
+    cov = stationary(posterior, 16, 1.0, "crank-nicolson", PriorCovariance(s))[1]
+    ratio = cov.diagonal() / (wide * s.variances((16,)))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, report.variance_ratio), rtol=1e-9, atol=0)
+    if below:
+        assert report.limit == math.inf
+        with pytest.raises(StepTooLarge, match="times too small") as caught:
+            langevin(posterior, x, 20, 1.0, annealing=Annealing(tau_min=0.0))
+        assert caught.value.advised == pytest.approx(0.4 / 0.75)
+    else:
+        langevin(posterior, x, 20, 1.0, annealing=Annealing(tau_min=0.0))
+
+
+def test_many_chains_with_data_of_their_own():
+    """More chains than the step diagnostic looks at: it takes their data along."""
+    s = space("physical")
+    x = FieldMixture(s).sample(20, (16,), torch.Generator().manual_seed(0))
+    seen = Observation.simulate(Points((0.2, 0.7)), GaussianNoise(1.0), x, torch.Generator().manual_seed(1))
+    chains = langevin(Posterior(FieldMixture(s), seen), x, 5, 0.1)
+    assert chains.states.shape == (20, 4, 16)
+    assert len(chains.reports) == 4
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("hessian", ["gauss-newton", "full"])
+def test_a_preconditioner_that_has_not_converged_is_one_covariance_nevertheless(hessian, coordinates):
+    """Its density and its draws are of the same Gaussian: L' times the covectors is V, and V is orthonormal."""
+    s = FunctionSpace(Cosine(2), Matern(2.0, 3.0), coordinates)
+    x = torch.zeros(1, 32, 34, dtype=torch.float64)
+    seen = Observation(Identity(), GaussianNoise(0.1), torch.zeros(32, 34, dtype=torch.float64))
+    informed = PosteriorInformed.at(Posterior(FieldMixture(s), seen), x, 6, hessian, sweeps=1)
+    vectors = informed.vectors.flatten(1)
+    assert len(vectors) == 6
+    torch.testing.assert_close(pull_back(s, informed.covectors).flatten(1), vectors, rtol=0, atol=1e-12)
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(6).double(), rtol=0, atol=1e-12)
+    full = PosteriorInformed.at(Posterior(FieldMixture(s), seen), x, None, hessian, sweeps=0)
+    assert len(full.values) == 64
+
+
+def test_a_denoiser_on_a_clock_of_modes_is_no_prior_at_one_time():
+    s = FunctionSpace(Cosine(), Matern(2.0, 3.0))
+    clocked = SpectralDenoiser(SpectralNet(Cosine(), width=4, modes=4, depth=1), s, None, Blurring())
+    with pytest.raises(ValueError, match="modal clock"):
+        DenoiserPrior(clocked)
 
 
 def test_a_step_that_would_be_biased_is_refused_with_the_one_that_would_do():

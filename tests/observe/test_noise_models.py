@@ -105,6 +105,30 @@ def test_data_are_shared_or_one_each():
             noise.log_prob(torch.zeros(shape), f)
 
 
+def test_large_counts_keep_their_digits_in_single_precision():
+    """Terms of 1e7 that cancel to about 8 each: in float32 the sum over 1000 data was off by tens of nats."""
+    noise = PoissonNoise(1e6)
+    f = 0.5 + torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
+    y = noise.sample(f.double(), torch.Generator().manual_seed(1))
+    want = scipy.stats.poisson.logpmf(y.numpy(), 1e6 * f.double().numpy()).sum(1)
+    torch.testing.assert_close(noise.log_prob(y.float(), f), torch.from_numpy(want), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (2,)])
+def test_a_deviation_for_other_data_is_refused(shape):
+    """It would be broadcast to data that do not exist, and counted for each."""
+    for noise in (
+        GaussianNoise(torch.ones(shape)),
+        LaplaceNoise(torch.ones(shape)),
+        StudentTNoise(3.0, torch.ones(shape)),
+    ):
+        for predicted in (torch.zeros(1, 7), torch.zeros(3, 1)):
+            with pytest.raises(ValueError, match="does not broadcast"):
+                noise.log_prob(predicted[0], predicted)
+            with pytest.raises(ValueError, match="does not broadcast"):
+                noise.sample(predicted)
+
+
 def test_sums_over_many_data_are_carried_in_double():
     """A million float32 terms of -5e-7 each, summed in float32, would not keep seven digits."""
     f = torch.zeros(1, 10**6)

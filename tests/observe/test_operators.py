@@ -188,6 +188,14 @@ def test_errors_say_what_was_expected(make, message):
         make()
 
 
+def test_places_may_be_arrays():
+    table = torch.tensor([[0.25, 0.5], [0.75, 1.0]], dtype=torch.float64)
+    for kind in (Points, Darcy2d):
+        for given in (table, table.numpy(), [tuple(s) for s in table]):
+            assert kind(given).locations == ((0.25, 0.5), (0.75, 1.0))
+    assert Points(table[0]).locations == (0.25, 0.5)
+
+
 def test_configuration_errors_name_the_place():
     with pytest.raises(ConfigError, match=r"operator\.locations"):
         build({"type": "Points", "locations": "middle"}, Operator, "operator")

@@ -70,6 +70,15 @@ def test_coverage_and_errors_are_over_what_was_not_known():
     assert told["std"] == pytest.approx(2.0)
 
 
+def test_any_number_of_values_can_be_covered(monkeypatch):
+    """Quantiles are taken of a part of the places at a time, since there is a largest tensor that can be sorted."""
+    draws = torch.randn(50, 3, 11, generator=torch.Generator().manual_seed(0))
+    truth = torch.randn(3, 11, generator=torch.Generator().manual_seed(1))
+    whole = accuracy(draws, draws.mean(0), draws.std(0), truth)
+    monkeypatch.setattr("undrift.report.posterior._SORTED", 120)
+    assert accuracy(draws, draws.mean(0), draws.std(0), truth) == whole
+
+
 def test_rank_tables_tell_uniform_ranks_from_ranks_at_the_ends():
     even = torch.arange(320) % 32
     ends = torch.where(torch.arange(320) % 2 == 0, 0, 31)

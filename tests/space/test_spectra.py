@@ -87,6 +87,15 @@ def test_every_spectrum_is_scaled_by_its_total():
             assert bool((lam > 0).all())
 
 
+@pytest.mark.parametrize(
+    "spectrum", [HeatKernel(0.1), HeatKernel(3.0), HeatKernel(30.0), Matern(30.0, 0.5), PowerLaw(30.0)], ids=repr
+)
+def test_totals_where_the_lowest_mode_is_damped_by_many_orders(spectrum):
+    for basis in (Sine(), Sine(2)):
+        total = float(spectrum.variances(basis, (64,) * basis.dims).sum())
+        assert total == pytest.approx(1.0, rel=1e-8)
+
+
 @pytest.mark.parametrize("spectrum", [Matern(1.0, 3.0), PowerLaw(0.9)])
 def test_what_is_not_trace_class_is_refused(spectrum):
     FunctionSpace(Cosine(1), spectrum)

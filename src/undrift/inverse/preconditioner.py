@@ -36,6 +36,7 @@ from undrift.space import Space
 __all__ = ["PosteriorInformed", "Preconditioner", "PriorCovariance", "find_mode"]
 
 _EXACT = 1024  # numbers of data up to which the Jacobian is written out
+_MOST = 64  # eigenpairs beyond that, if not told
 
 
 class Preconditioner(ABC):
@@ -119,7 +120,7 @@ class PosteriorInformed(Preconditioner):
         Args:
             posterior: whose likelihood; Gauss-Newton needs an :class:`~undrift.observe.Observation`.
             x: where, (1, *event), in the space's coordinates; see :func:`find_mode`.
-            rank: most eigenpairs that are kept; None for all, of up to 1024 data, or 64.
+            rank: most eigenpairs that are kept; None for all, of up to 1024 data, or else 64.
             hessian: "gauss-newton" or "full" (its negative part is left out).
             smallest: eigenvalues b below this are left out: the prior's covariance is right about them already.
             sweeps: of the randomised subspace iteration that takes over where data are many, or with "full".
@@ -143,6 +144,7 @@ class PosteriorInformed(Preconditioner):
             predicted = observation.operator(posterior.space.decode(x)).detach()
             if predicted.numel() <= _EXACT:
                 values, vectors, covectors = _by_rows(posterior, observation, x, predicted)
+                rank = len(values) if rank is None else rank
             else:
                 values, vectors, covectors = _randomised(
                     lambda v: _gauss_newton(posterior, observation, x, predicted, v), posterior, x, rank, sweeps, seed
@@ -152,8 +154,7 @@ class PosteriorInformed(Preconditioner):
                 lambda v: posterior.hessian_slope(x.expand(len(v), *x.shape[1:]), v), posterior, x, rank, sweeps, seed
             )
         keep = values >= smallest
-        if rank is not None:
-            keep[rank:] = False
+        keep[_MOST if rank is None else rank :] = False
         return cls(posterior.space, values[keep], vectors[keep], covectors[keep])
 
     def _along(self, of: Tensor, by: Tensor, to: Tensor, factor: Tensor) -> Tensor:
@@ -278,9 +279,14 @@ def _randomised(
     sweeps: int,
     seed: int | torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading eigenpairs by subspace iteration (Halko, Martinsson & Tropp 2011), and their covectors."""
+    """Leading eigenpairs by subspace iteration (Halko, Martinsson & Tropp 2011), and their covectors.
+
+    Pairs that have not converged must still be one covariance: K's draws are made of vectors V, and its density of
+    covectors, so that V = L' times these has to hold exactly, for moves to be accepted rightly. One more application of
+    the Hessian to approximate vectors gives such covectors, and V is what they are pulled back to, orthonormalised.
+    """
     size = x[0].numel()
-    count = min(size, (64 if rank is None else rank) + 8)
+    count = min(size, (_MOST if rank is None else rank) + 8)
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(x.device).manual_seed(seed)
     q = torch.empty(size, count, dtype=x.dtype, device=x.device).normal_(generator=generator)
     slopes = q.T
@@ -295,6 +301,9 @@ def _randomised(
     if not bool(keep.any()):
         raise ValueError("PosteriorInformed: the Hessian has no positive eigenvalue here; take the prior's covariance.")
     turn = turn[:, keep].to(basis)
-    vectors = (basis @ turn).T.reshape(-1, *x.shape[1:])
-    covectors = (turn.T @ slopes.flatten(1) / values[keep].to(basis).unsqueeze(1)).reshape(vectors.shape)
-    return values[keep], vectors, covectors
+    covectors = turn.T @ slopes.flatten(1) / values[keep].to(basis).unsqueeze(1)
+    vectors = pull_back(posterior.space, covectors.reshape(-1, *x.shape[1:])).flatten(1)
+    # V is that of Ritz plus what is orthogonal to it: its Gram matrix is I or more, and Cholesky's factor is safe
+    factor = torch.linalg.cholesky(vectors.double() @ vectors.double().T).to(vectors)
+    vectors, covectors = (torch.linalg.solve_triangular(factor, v, upper=False) for v in (vectors, covectors))
+    return values[keep], vectors.reshape(-1, *x.shape[1:]), covectors.reshape(-1, *x.shape[1:])

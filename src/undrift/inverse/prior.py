@@ -73,6 +73,12 @@ class DenoiserPrior:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "space", space_of(self.denoiser, self.space))
+        if getattr(self.denoiser, "clock", None) is not None:
+            raise ValueError(
+                f"DenoiserPrior: the {type(self.denoiser).__name__} was made with a modal clock, on which every mode "
+                "has a level of its own, and knows no slope at one time; take a denoiser without a clock, or walk the "
+                "ModalDiffusion."
+            )
 
     def slope(self, x: Tensor, tau: float) -> Tensor:
         """S(x, tau), tau > 0, for x (batch, *event): same shape and dtype.

@@ -242,7 +242,8 @@ class PoissonNoise(Noise):
             raise ValueError(f"PoissonNoise: data are counts 0, 1, 2, ...; {bad} of {y.numel()} are not.")
 
     def _log_prob(self, y: Tensor, predicted: Tensor) -> Tensor:
-        rate = self.peak * predicted.clamp(min=self.floor)
+        rate = self.peak * predicted.double().clamp(min=self.floor)  # terms of large counts nearly cancel
+        y = y.double()
         return _total(y * rate.log() - rate - torch.lgamma(y + 1))
 
     def sample(self, predicted: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -259,7 +260,15 @@ def _positive(owner: str, name: str, value: float | Tensor) -> None:
 
 
 def _like(predicted: Tensor, value: float | Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=predicted.dtype, device=predicted.device)
+    """A number, or one for each datum, to go with predictions (batch, *data)."""
+    out = torch.as_tensor(value, dtype=predicted.dtype, device=predicted.device)
+    data = predicted.shape[1:]
+    if out.ndim > len(data) or any(m not in (1, n) for m, n in zip(out.shape[::-1], data[::-1], strict=False)):
+        raise ValueError(
+            f"noise: a deviation or scale of shape {tuple(out.shape)} does not broadcast against data of shape "
+            f"{tuple(data)}; give one number, or one for each datum."
+        )
+    return out
 
 
 def _total(terms: Tensor) -> Tensor:

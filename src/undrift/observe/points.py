@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -208,7 +209,8 @@ class Points(LinearOperator):
 
 
 def places(locations: Sequence[float | Sequence[float]], owner: str) -> tuple[tuple[float, ...], ...]:
-    """Locations as a table of coordinates, checked to lie in the unit cube."""
+    """Locations as a table of coordinates, checked to lie in the unit cube; arrays are taken as well."""
+    locations = locations.tolist() if isinstance(locations, Tensor | np.ndarray) else locations
     table = tuple(tuple(map(float, s)) if isinstance(s, Sequence) else (float(s),) for s in locations)
     if not table or len({len(s) for s in table}) != 1 or len(table[0]) not in (1, 2, 3):
         raise ValueError(

@@ -135,7 +135,7 @@ class Cosine(Basis):
 
     @staticmethod
     def heat_trace(s: Tensor) -> Tensor:
-        return (1 + _theta(s)) / 2
+        return 1 + _theta(s)
 
     @staticmethod
     def small_heat_trace() -> tuple[float, float]:
@@ -161,7 +161,7 @@ class Sine(Basis):
 
     @staticmethod
     def heat_trace(s: Tensor) -> Tensor:
-        return (_theta(s) - 1) / 2
+        return _theta(s)
 
     @staticmethod
     def small_heat_trace() -> tuple[float, float]:
@@ -203,7 +203,7 @@ class Fourier(Basis):
 
     @staticmethod
     def heat_trace(s: Tensor) -> Tensor:
-        return _theta(4 * s)
+        return 1 + 2 * _theta(4 * s)
 
     @staticmethod
     def small_heat_trace() -> tuple[float, float]:
@@ -211,11 +211,11 @@ class Fourier(Basis):
 
 
 def _theta(s: Tensor) -> Tensor:
-    """Sum over all whole j of exp(-pi^2 j^2 s), from whichever of its two forms converges fast."""
+    """Sum over j = 1, 2, ... of exp(-pi^2 j^2 s), from whichever of its two forms converges fast."""
     j = torch.arange(1, 8, dtype=torch.float64)
     slow = s.unsqueeze(-1)
-    direct = 1 + 2 * torch.exp(-(math.pi**2) * j.square() * slow).sum(-1)
-    dual = (1 + 2 * torch.exp(-j.square() / slow).sum(-1)) / (math.pi * s).sqrt()
+    direct = torch.exp(-(math.pi**2) * j.square() * slow).sum(-1)
+    dual = ((1 + 2 * torch.exp(-j.square() / slow).sum(-1)) / (math.pi * s).sqrt() - 1) / 2
     return torch.where(s > 1 / math.pi, direct, dual)
 
 

@@ -164,8 +164,11 @@ class HeatKernel(Covariance):
 
     def variances(self, basis: Basis, grid: tuple[int, ...]) -> Tensor:
         s = torch.tensor(self.length**2 / 2, dtype=torch.float64)
-        shape = torch.exp(-s * basis.eigenvalues(grid))
-        return shape.clamp(min=self.floor) * (self.variance / basis.heat_trace(s) ** basis.dims)
+        lowest = float(basis.eigenvalues((1,) * basis.dims))  # which may itself be damped to nothing
+        shape = torch.exp(-s * (basis.eigenvalues(grid) - lowest))
+        damped = float(s) * lowest / basis.dims
+        axis = float(basis.heat_trace(s)) * math.exp(damped) if damped < 300 else 1.0
+        return shape.clamp(min=self.floor) * (self.variance / axis**basis.dims)
 
 
 @dataclass(frozen=True)
