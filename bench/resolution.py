@@ -3,7 +3,7 @@
 Networks of spectral convolutions, of fixed physical modes, and of dilated convolutions, trained on coarse fields and
 judged on finer grids. The noise is a "function" of half a derivative in the mean square, or "white" on the pixels; for
 fields of a steep spectrum also "matched", of the data's own, and "by modes": the same, with a network preconditioned
-mode by mode.
+mode by mode. "Gaussian fit" is no network, but the exact denoiser of a Gaussian field of the training data's spectrum.
 
 * denoising: the error in the norm of L^2, relative to the data's variance, at levels where the noise on every mode of
   the training grid is what it was there (white noise is made so much louder per pixel), over the modes shared with that
@@ -12,41 +12,50 @@ mode by mode.
   distance to data in L^2 (squared distance; the unbiased estimate), and the W2 distance between the spectra of samples
   and data, relative to the data's deviation.
 
-"upsampled" takes the samples of the training grid to the finer one by way of the basis. Gaussian fields are our own;
-with UNDRIFT_DATA set there are snapshots of the Kuramoto-Sivashinsky equation with random shifts, every second one for
-training, and pressures of Darcy's equation on 16 x 16 and 32 x 32 points.
+"upsampled" takes the samples of the training grid to the finer one by way of the basis; "data" judges training fields
+in the place of samples: what is left to a perfect sampler. Gaussian fields are our own; with UNDRIFT_DATA set there are
+solutions of partial differential equations, which ``pde_fields.py`` describes. Darcy's pressures are few: 900 to train
+on, and of the networks at every 250 steps that with the least denoising error on 100 others is kept. "curve" holds
+steps, the error on training fields and on the others: geometric means over the levels.
 
-    python bench/resolution.py      # 20 minutes on one core; a second start goes on where the first was stopped
+    python bench/resolution.py      # an hour and a half on one core; a second start goes on where the first was stopped
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undrift.denoise import FieldGaussian, NetworkDenoiser, SpectralDenoiser
+from pde_fields import burgers, circle, darcy
+from undrift.denoise import Denoiser, FieldGaussian, NetworkDenoiser, SpectralDenoiser
 from undrift.diffusion import Diffusion
 from undrift.measure import energy_distance
 from undrift.networks import FourierFeatures, Network, SpectralNet
 from undrift.process import VE, PowerClock
 from undrift.sample import Exponential, Rho, sample
-from undrift.space import Basis, Cosine, Fourier, FunctionSpace, Matern, Space, White
+from undrift.space import Basis, Cosine, EmpiricalSpectrum, Fourier, FunctionSpace, Matern, Space, White
 from undrift.train import Dataset, DefensiveMixture, Denoising, Objective, SpectralDenoising, TrainConfig, Trainer
 
 LEVELS = (0.05, 0.2, 1.0, 5.0)
 LOW, HIGH, CALLS = 0.01, 80.0, 20
+LEG, PATIENCE = 250, 1000  # steps between looks at the fields held out, and without a better one
+MODELS = [
+    ("Gaussian fit", "function"),
+    *((network, noise) for network in ("spectral", "convolutions") for noise in ("function", "white")),
+    *(("spectral", noise) for noise in ("matched", "by modes")),
+]
 
 
 class Convolutions(Network):
@@ -75,7 +84,7 @@ class Convolutions(Network):
 
 @dataclass
 class Problem:
-    """Fields to train on, (N, *grid) of unit pointwise variance, and fresh ones (n, *grid) on any grid."""
+    """Fields to train on, (N, *grid) of unit pointwise variance, some held out, and fresh ones (n, *grid)."""
 
     name: str
     basis: Basis
@@ -83,8 +92,10 @@ class Problem:
     train: Tensor
     grids: tuple[tuple[int, ...], ...]
     test: Callable[[int, tuple[int, ...]], Tensor]
+    steps: int
     exact: Matern | None = None
     matched: FunctionSpace | None = None
+    held: Tensor | None = None
 
 
 def gaussian(dims: int, coarse: int, grids: tuple[int, ...]) -> Problem:
@@ -96,63 +107,47 @@ def gaussian(dims: int, coarse: int, grids: tuple[int, ...]) -> Problem:
         return field.draw(n, grid, torch.Generator().manual_seed(seed), torch.float32)
 
     shapes = tuple((n,) * dims for n in grids)
-    return Problem(f"Gaussian field, {dims}-d", basis, space, draw(4000, (coarse,) * dims, 0), shapes, draw, data)
+    train, steps = draw(4000, (coarse,) * dims, 0), 1500 if dims == 1 else 400
+    return Problem(f"Gaussian field, {dims}-d", basis, space, train, shapes, draw, steps, data)
 
 
-def rough(train: Tensor, basis: Basis) -> FunctionSpace:
-    return FunctionSpace.of(train, basis)
+def equations(root: Path) -> Iterator[Problem]:
+    """What there is of solutions of partial differential equations."""
 
+    def problem(name: str, basis: Basis, train: Tensor, test: Any, grids: Sequence[int], **kind: Any) -> Problem:
+        space, matched = FunctionSpace.of(train, basis), FunctionSpace.matched(train, basis)
+        shapes = tuple((n,) * basis.dims for n in grids)
+        return Problem(name, basis, space, train, shapes, test, matched=matched, **kind)
 
-def matched(train: Tensor, basis: Basis) -> FunctionSpace:
-    return FunctionSpace.matched(train, basis)
-
-
-def kuramoto(root: Path) -> Problem:
-    with np.load(root / "kuramoto_sivashinsky.npz", allow_pickle=False) as file:
-        u = torch.from_numpy(file["uu"][:-1].T.copy())  # the last point repeats the first
-    u = (u - u.mean()) / u.std()
-
-    def shifted(fields: Tensor, n: int, seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        which = torch.randint(len(fields), (n,), generator=g)
-        shift = torch.randint(fields.shape[1], (n, 1), generator=g)
-        return fields[which].gather(1, (torch.arange(fields.shape[1]) + shift) % fields.shape[1])
-
-    def draw(n: int, grid: tuple[int, ...]) -> Tensor:
-        return basis.resample(shifted(u[1::2], n, 1), grid).float()
-
-    basis = Fourier(1)
-    train = basis.resample(shifted(u[::2], 4000, 0), (32,)).float()
-    grids = ((32,), (64,), (128,), (256,))
-    return Problem("Kuramoto-Sivashinsky", basis, rough(train, basis), train, grids, draw, None, matched(train, basis))
-
-
-def darcy(root: Path) -> Problem:
-    y = {}
-    for part, n in (("train", 16), ("test", 16), ("test", 32)):
-        with np.load(root / f"darcy_{part}_{n}.npz", allow_pickle=False) as file:
-            y[part, n] = torch.from_numpy(file["y"])
-    mean, std = y["train", 16].mean(), y["train", 16].std()
-    y = {k: (v - mean) / std for k, v in y.items()}
-    train, basis = y["train", 16], Cosine(2)
-
-    def draw(n: int, grid: tuple[int, ...]) -> Tensor:
-        return y["test", grid[0]][:n]
-
-    grids = ((16, 16), (32, 32))
-    return Problem("Darcy pressure", basis, rough(train, basis), train, grids, draw, None, matched(train, basis))
+    circles = {
+        "Kuramoto-Sivashinsky": "kuramoto_sivashinsky",
+        "Korteweg-de Vries": "korteweg_de_vries",
+        "Allen-Cahn": "allen_cahn",
+        "Burgers, one shock": "burgers_shock",
+    }
+    for name, file in circles.items():
+        if (root / f"{file}.npz").exists():
+            yield problem(name, Fourier(), *circle(root / f"{file}.npz", Fourier(), 32), (32, 64, 128, 256), steps=1500)
+        else:
+            print(f"{name}: left out, as {root} has no {file}.npz.", flush=True)
+    yield problem("Burgers", Fourier(), *burgers(root, Fourier()), (16, 32, 64, 128), steps=1500)
+    train, held, test = darcy(root)
+    yield problem("Darcy pressure", Cosine(2), train, test, (16, 32), steps=4000, held=held)  # Sine learned less well
 
 
 def problems() -> list[Problem]:
     found = [gaussian(1, 32, (32, 64, 128, 256)), gaussian(2, 16, (16, 32, 64))]
     if "UNDRIFT_DATA" in os.environ:
-        root = Path(os.environ["UNDRIFT_DATA"]) / "pde"
-        found[1:1] = [kuramoto(root), darcy(root)]
+        found[1:1] = equations(Path(os.environ["UNDRIFT_DATA"]) / "pde")
     return found
 
 
-def trained(problem: Problem, network: str, noise: str, steps: int) -> NetworkDenoiser:
-    torch.manual_seed(0)
+def trained(problem: Problem, network: str, noise: str, seed: int) -> tuple[Denoiser, dict[str, Any]]:
+    """The denoiser, and what its training was."""
+    if network == "Gaussian fit":
+        spectrum = problem.exact or EmpiricalSpectrum.of(problem.train, problem.basis)
+        return FieldGaussian(problem.space, spectrum), {"steps": 0}
+    torch.manual_seed(seed)
     dims = problem.basis.dims
     net: Network
     if network == "spectral":
@@ -165,8 +160,27 @@ def trained(problem: Problem, network: str, noise: str, steps: int) -> NetworkDe
     objective: Objective = Denoising()
     if noise == "by modes":
         model, objective = SpectralDenoiser(net, space), SpectralDenoising(DefensiveMixture())
-    config = TrainConfig(steps=steps, batch=64 if dims == 1 else 32, lr=2e-3, ema=10_000.0, class_dropout=0.0)
-    return Trainer(model, objective, Dataset(problem.name, problem.train), config).fit(progress=False).model
+    batch = 64 if dims == 1 else 32
+    config = TrainConfig(problem.steps, batch=batch, lr=2e-3, ema=10_000.0, class_dropout=0.0, seed=seed)
+    trainer = Trainer(model, objective, Dataset(problem.name, problem.train), config)
+    start = time.process_time()
+    curve: list[list[float]] = []
+    if problem.held is None:
+        best = trainer.fit(progress=False).model
+    else:
+        for steps in range(LEG, problem.steps + 1, LEG):
+            trainer.config = replace(config, steps=steps)
+            now = trainer.fit(progress=False).model
+            fields = problem.train[: len(problem.held)], problem.held
+            errors = [denoising(problem, now, noise, u.repeat(3, *[1] * dims))["error"] for u in fields]
+            curve.append([steps, *(math.exp(math.fsum(map(math.log, e)) / len(e)) for e in errors)])
+            least = min(curve, key=lambda row: row[-1])
+            if least[0] == steps:
+                best = now
+            elif steps - least[0] >= PATIENCE:
+                break
+    report = {"steps": trainer.step, "train_seconds": round(time.process_time() - start, 1)}
+    return best, report | ({"kept": least[0], "curve": curve} if curve else {})
 
 
 def louder(problem: Problem, noise: str, grid: tuple[int, ...]) -> float:
@@ -176,9 +190,8 @@ def louder(problem: Problem, noise: str, grid: tuple[int, ...]) -> float:
 
 
 @torch.no_grad()
-def denoising(problem: Problem, model: NetworkDenoiser, noise: str, grid: tuple[int, ...]) -> dict[str, Any]:
-    n, basis = 256 if math.prod(grid) <= 1024 else 64, problem.basis
-    x = problem.test(n, grid)
+def denoising(problem: Problem, model: Denoiser, noise: str, x: Tensor) -> dict[str, Any]:
+    basis, grid = problem.basis, tuple(x.shape[1:])
     g = torch.Generator().manual_seed(2)
     shared = basis.fit(torch.ones(problem.train.shape[1:]), grid).bool()
     total = float(problem.space.norm2(x - x.mean(0)).mean())
@@ -219,7 +232,7 @@ def judged(problem: Problem, x: Tensor, grid: tuple[int, ...]) -> dict[str, floa
     }
 
 
-def samples(problem: Problem, model: NetworkDenoiser, noise: str, grid: tuple[int, ...], count: int) -> Tensor:
+def samples(problem: Problem, model: Denoiser, noise: str, grid: tuple[int, ...], count: int) -> Tensor:
     factor = louder(problem, noise, grid)
     process = VE(PowerClock(sigma_max=HIGH * factor, horizon=HIGH * factor))
     sampler = Exponential(CALLS, Rho(sigma_min=LOW * factor, sigma_max=HIGH * factor), order=2)
@@ -228,40 +241,39 @@ def samples(problem: Problem, model: NetworkDenoiser, noise: str, grid: tuple[in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=2, default=(1500, 400), help="of training, in 1-d and in 2-d")
+    parser.add_argument("--problems", nargs="+", help="names, or how they begin; all if not given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of networks and their training")
     parser.add_argument("--out", type=Path, default=Path("bench/results/resolution.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     done = set()
     if options.out.exists():
-        done = {(r["problem"], r["network"], r["noise"]) for r in map(json.loads, options.out.read_text().splitlines())}
-    for problem in problems():
-        steps = options.steps[problem.basis.dims - 1]
-        for network in ("spectral", "convolutions"):
-            for noise in ("function", "white", "matched", "by modes"):
-                if noise in ("matched", "by modes") and (problem.matched is None or network != "spectral"):
-                    continue
-                if (problem.name, network, noise) in done:
-                    continue
-                start = time.process_time()
-                model = trained(problem, network, noise, steps)
-                seconds = time.process_time() - start
-                coarse, rows = None, []
-                for grid in problem.grids:
-                    count = 512 if math.prod(grid) <= 1024 else 64
-                    x = samples(problem, model, noise, grid, count)
-                    row = {"problem": problem.name, "network": network, "noise": noise, "grid": list(grid)}
-                    row |= {"steps": steps, "train_seconds": round(seconds, 1), "samples": count}
-                    row |= {"denoising": denoising(problem, model, noise, grid), "sampling": judged(problem, x, grid)}
-                    if coarse is None:
-                        coarse = x
-                    else:
-                        row["upsampled"] = judged(problem, problem.basis.resample(coarse[:count], grid), grid)
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                with options.out.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+        known = map(json.loads, options.out.read_text().splitlines())
+        done = {(r["problem"], r["network"], r["noise"], r.get("seed", 0)) for r in known}
+    chosen = [p for p in problems() if p.name.startswith(tuple(options.problems or [""]))]
+    for problem, seed, (network, noise) in itertools.product(chosen, options.seeds, MODELS):
+        missing = noise in ("matched", "by modes") and problem.matched is None
+        if missing or (problem.name, network, noise, seed) in done:
+            continue
+        model, training = trained(problem, network, noise, seed)
+        coarse, rows = None, []
+        for grid in problem.grids:
+            count = 512 if math.prod(grid) <= 1024 else 64
+            x = samples(problem, model, noise, grid, count)
+            fresh = problem.test(256 if math.prod(grid) <= 1024 else 64, grid)
+            row = {"problem": problem.name, "network": network, "noise": noise, "seed": seed, "grid": list(grid)}
+            row |= training | {"samples": count, "denoising": denoising(problem, model, noise, fresh)}
+            row |= {"sampling": judged(problem, x, grid)}
+            if coarse is None:
+                coarse = x
+            else:
+                row["upsampled"] = judged(problem, problem.basis.resample(coarse[:count], grid), grid)
+            row["data"] = judged(problem, problem.basis.resample(problem.train[:count], grid), grid)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        with options.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
