@@ -3,8 +3,9 @@ r"""Sequential Monte Carlo from the prior to the posterior: right where annealed
 Particles drawn from the prior mu carry weights along :math:`\pi_\phi \propto e^{\phi \ell} \mu`, phi from 0 to 1: each
 rise multiplies them by :math:`e^{(\phi' - \phi)\ell}`, is as long as a conditional effective sample size allows, and is
 followed by resampling where weights have become unequal and by moves that leave :math:`\pi_{\phi'}` invariant. The mean
-weight is an unbiased estimate of p(y), and weighted particles tend to the posterior as they grow, whatever the moves
-forget; modes get their weights from the prior's draws, not from barriers crossed.
+weight tends to p(y), and weighted particles to the posterior, as they grow, whatever the moves forget; modes get their
+weights from the prior's draws, not from barriers crossed. With levels fixed beforehand and at one move size the mean
+weight has no bias at all; found from the particles themselves, as they are by default, one of order 1 / particles.
 
 Moves are pCN where the prior's ratio to its Gaussian is known, and exact. For a learned prior, of which only the slope
 is known, they are Crank-Nicolson Langevin steps at tau_min: their invariant law differs from :math:`\pi_\phi` by terms
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift._weights import effective_sample_size, log_mean_exp
-from undrift.density.schedule import AdaptiveLevels, Resampling, conditional_ess
+from undrift.density.schedule import AdaptiveLevels, Levels, Resampling, conditional_ess
 from undrift.inverse.langevin import TRUSTED, advance
 from undrift.inverse.pcn import Kernel
 from undrift.inverse.posterior import Posterior
@@ -92,7 +93,7 @@ def tempered(
     seed: int | torch.Generator = 0,
     *,
     runs: int = 1,
-    levels: AdaptiveLevels | None = None,
+    levels: Levels | None = None,
     resampling: Resampling | None = None,
     progress: bool = False,
 ) -> Particles:
@@ -106,7 +107,7 @@ def tempered(
             a step that its curvature allows.
         seed: integer or generator.
         runs: independent groups of particles; the spread of their evidence is its standard error.
-        levels: how far a level may rise; conditional ESS of .9 if None.
+        levels: how far a level may rise; conditional ESS of .9, in the run where it is least, if None.
         resampling: when; systematic, below half of the particles, if None.
         progress: show a bar.
 
