@@ -110,11 +110,12 @@ class GuidedNoise:
             x = mix(row.unsqueeze(-2), state).squeeze(1)
             point = x.clone() if onward else x.requires_grad_()
             moved = state + mix(mean.unsqueeze(-1), (point - (x if onward else x.detach())).unsqueeze(1))
-            if isinstance(self.diffusion, GuidedNoise):
-                noise, start, before = self.diffusion._asked(moved, inner, **rest)
-            else:
-                noise = self.diffusion.ask(moved, inner, **rest)
-                start, before = self.diffusion.start(moved, noise, inner), torch.zeros_like(point)
+            with torch.set_grad_enabled(onward or getattr(self.potential, "of_prediction", True)):
+                if isinstance(self.diffusion, GuidedNoise):
+                    noise, start, before = self.diffusion._asked(moved, inner, **rest)
+                else:
+                    noise = self.diffusion.ask(moved, inner, **rest)
+                    start, before = self.diffusion.start(moved, noise, inner), torch.zeros_like(point)
             slope = slope_of(self.potential, point, level, start[:, 0], own, onward)[1]
         pull = self.strength * coloured(self.space, slope)
         if not onward:

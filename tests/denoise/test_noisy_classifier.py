@@ -13,7 +13,10 @@ from undrift.denoise import (
     MixtureDenoiser,
     NetworkClassifier,
 )
+from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise
 from undrift.networks.classifier import ClassifierNetwork
+from undrift.process import VP
 from undrift.train import Classification
 
 MEANS, VARIANCE = torch.tensor([[1.0, 0.0], [-0.5, 0.5]], dtype=torch.float64), 0.3
@@ -65,3 +68,27 @@ def test_classes_are_integers_of_any_kind(label):
         guided(x, 1.0, label=label.float())
     with pytest.raises(TypeError, match="a class is an integer"):
         guided(x, 1.0, label=True)
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "network of all channels"])
+def test_a_model_keeps_no_graph_for_a_classifier(kind):
+    """The potential has no use for the prediction; derivatives of the guided prediction, where asked for, still do."""
+    kept = []
+
+    def network(v, *_):
+        kept.append(torch.is_grad_enabled())
+        return torch.zeros_like(v)
+
+    potential = ClassifierPotential(BAYES, 0)
+    model = (
+        Diffusion(VP(), Guided(lambda x, sigma: network(x), potential))
+        if kind == "denoiser"
+        else GuidedNoise(NoiseDiffusion(VP(), network), potential)
+    )
+    z = torch.ones(1, 1, 2, dtype=torch.float64)
+    plain = model.predict(z, 0.5)
+    assert kept == [False]
+    assert not plain.requires_grad
+    assert model.predict(z.requires_grad_(), 0.5).requires_grad
+    assert kept[1:] == [True]
+    torch.testing.assert_close(plain, model.predict(z, 0.5).detach(), rtol=0, atol=0)

@@ -123,6 +123,7 @@ class ClassifierPotential:
     """
 
     conditions: ClassVar[tuple[str, ...]] = ("label",)
+    of_prediction: ClassVar[bool] = False
 
     classifier: Classifier
     label: int | Tensor | None = None

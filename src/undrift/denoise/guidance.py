@@ -47,7 +47,8 @@ class Potential(Protocol):
 
     Any callable will do. One that takes conditions of its own names them in an attribute ``conditions``, a tuple of
     texts: what the caller of the denoiser gives under these names goes to the potential, and the rest to the model. One
-    that must know the space is a dataclass with a field ``space``; where that is None, :class:`Guided` fills it in.
+    that must know the space is a dataclass with a field ``space``; where that is None, :class:`Guided` fills it in. One
+    that has no use for the prediction says ``of_prediction = False``, and the model then keeps no graph.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, x0: Tensor, **condition: Any) -> Tensor:
@@ -55,7 +56,8 @@ class Potential(Protocol):
         Args:
             x: noisy points (batch, *event).
             sigma: noise levels (batch,), in x's dtype.
-            x0: prediction at x, D(x, sigma), (batch, *event), with its graph attached to x.
+            x0: prediction at x, D(x, sigma), (batch, *event), with its graph attached to x unless ``of_prediction``
+                is false.
             condition: those of the caller's conditions that the potential names.
 
         Returns:
@@ -195,7 +197,8 @@ class Guided(Denoiser):
         level = per_sample(sigma, x)
         with torch.enable_grad():
             point = x if onward else x.detach().requires_grad_()
-            x0 = self.denoiser(point, level.flatten(), **rest)
+            with torch.set_grad_enabled(onward or getattr(self.potential, "of_prediction", True)):
+                x0 = self.denoiser(point, level.flatten(), **rest)
             value, slope = slope_of(self.potential, point, level.flatten(), x0, own, onward)
         x0 = x0 if onward else x0.detach()
         # One factor at a time: sigma^2 may overflow, where the slope is of order 1 / sigma^2.
