@@ -25,6 +25,7 @@ from undrift.report import read_npz
 from undrift.report.posterior import PosteriorRecord
 from undrift.sample import Ancestral
 from undrift.space import Cosine, FunctionSpace, Matern
+from undrift.train import Ring
 
 QUIET = ["--progress", "false"]
 NOISE = ["--noise", "{type: GaussianNoise, std: 0.5}"]
@@ -50,6 +51,11 @@ def folder(tmp_path_factory):
     model = NetworkDenoiser(SpectralNet(width=4, modes=4, depth=1), 1.0, space=space)
     save(place / "functions.safetensors", model, {"event": [16], "data": "fields"})
     generator = torch.Generator().manual_seed(1)
+    for name, optional in (("always", False), ("told", True)):
+        network = MLP(2, 8, 1, condition_features=1, condition_optional=optional)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        save(place / f"{name}.safetensors", NetworkDenoiser(network), {"event": [2], "data": "pairs"})
     np.savez(place / "truth.npz", x=torch.randn(1, 4, 4, generator=generator).numpy())
     return place
 
@@ -160,6 +166,79 @@ def test_guidance_at_its_neutral_settings_is_none(folder, tmp_path):
     guide = ["--classifier", folder / "classifier.safetensors", "--label", 2]
     torch.testing.assert_close(x("f", *guide, "--guidance", 0), free)
     assert not torch.allclose(x("g", *guide), free)
+
+
+def test_a_network_that_may_be_told_nothing_makes_prior_posterior_and_beyond(folder, tmp_path, capsys):
+    np.savez(tmp_path / "y.npz", y=np.array([1.2], np.float32))
+    seen = ["--observe", "{type: Matrix, matrix: [[1.0, 0.5]]}", *NOISE, "--data", tmp_path / "y.npz"]
+    always, told = folder / "always.safetensors", folder / "told.safetensors"
+
+    def x(name, *flags):
+        steps = ["--n", 4, "--sampler.steps", 3, "--out", tmp_path / name]
+        assert run("sample", told, *steps, *flags) == 0, capsys.readouterr().err
+        return samples(tmp_path / name)
+
+    prior, given = x("prior"), x("given", *seen)
+    assert not (tmp_path / "prior" / "posterior.json").exists()
+    assert not torch.allclose(given, prior, atol=1e-2)
+    torch.testing.assert_close(x("zero", *seen, "--guidance", 0), prior)
+    torch.testing.assert_close(x("out", *seen, "--guidance", 3, "--interval", "[1000, 2000]"), given)
+    assert not torch.allclose(x("two", *seen, "--guidance", 2), given, atol=1e-2)
+    about = json.loads((tmp_path / "two" / "posterior.json").read_text())
+    assert about["warnings"] == ["Guidance at a strength other than 1 is no draw of the posterior."]
+    assert about["settings"]["guidance"] == 2
+    assert about["lead"].endswith("with GaussianNoise at strength 2.")
+    # one that was always told has no prior: not to draw from, not to guide away from, not to measure
+    capsys.readouterr()
+    ring = ["--data", "{type: Ring, n: 50}", "--holdout", "{type: Ring, n: 50}"]
+    for command, said in (
+        (["sample", always], "data: the network of"),
+        (["sample", always, *seen, "--guidance", 2], "was always told what was observed and knows no prior"),
+        (["evaluate", "--run", always, *ring, "--likelihood", 4], "give pairs, as in --holdout '{type: Simulated"),
+        (["compare", always, *ring], "undrift compare tells it nothing"),
+        (["design", "--run", always, *ring], "undrift design tells it nothing"),
+    ):
+        assert main([*map(str, command), "--out", str(tmp_path / "no")]) == 2
+        error = capsys.readouterr().err
+        assert "is told what was observed" in error or "was always told" in error
+        assert said in error
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_likelihood_is_of_what_the_network_is_told(tmp_path):
+    """A fresh network is the exact denoiser of N(0, 1), told or not; with pairs it is told, and without if it can."""
+    ring = "{type: Ring, n: 60}"
+    pairs = f"{{type: Simulated, source: {ring}, operator: {{type: Matrix, matrix: [[1.0, 0.0]]}}}}"
+    bits = []
+    for optional, data in ((False, pairs), (True, pairs), (True, ring)):
+        network = MLP(2, 8, 1, condition_features=1, condition_optional=optional)
+        save(tmp_path / "m.safetensors", NetworkDenoiser(network, 1.0), {"event": [2], "data": "pairs"})
+        flags = ["--data", data, "--holdout", data, "--likelihood", 20, "--overwrite", "--out", tmp_path / "e"]
+        assert run("evaluate", "--run", tmp_path / "m.safetensors", *flags) == 0
+        about = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+        assert ("given what was observed of each" in about["remarks"][0]) == (data == pairs)
+        bits.append(float(about["measures"][0]["value"]))
+    index = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:20]
+    points = Ring(n=60).load().x[index].double()
+    exact = float((0.5 * points.square() + 0.5 * math.log(2 * math.pi)).mean()) / math.log(2)
+    assert bits == pytest.approx([exact] * 3, abs=2e-3)  # the solver's tolerance of 1e-4, and four printed digits
+
+
+def test_training_with_dropped_observations_makes_a_network_that_does_without(tmp_path, capsys):
+    data = "{type: Simulated, source: {type: Ring, n: 100}, operator: {type: Matrix, matrix: [[1.0, 0.0]]}}"
+    steps = ["--train.batch", 16, "--train.steps", 2, "--train.observed_dropout", 0.5, "--samples", 0]
+    assert run("train", "--data", data, *steps, "--out", tmp_path / "run") == 0
+    network = read_file(tmp_path / "run" / "model.safetensors")[1]["model"]["denoiser"]["network"]
+    assert (network["condition_features"], network["condition_optional"]) == (1, True)
+    assert run("sample", tmp_path / "run", "--simulate", 3, "--guidance", 2, "--n", 2, "--out", tmp_path / "t") == 0
+    capsys.readouterr()
+    for flags in (
+        ["--data", "{type: Ring, n: 100}"],
+        ["--data", data, "--network", "{type: MLP, features: 2, condition_features: 1}"],
+    ):
+        assert run("train", *flags, *steps, "--out", tmp_path / "no") == 2
+        assert "undrift: train.observed_dropout: " in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_twisted_evidence_and_mean_are_those_of_gaussians(folder, tmp_path):

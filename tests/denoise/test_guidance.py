@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from undrift.config import describe
+from undrift.config import build, describe
 from undrift.denoise import (
     ClassifierFree,
     ClassifierPotential,
@@ -219,14 +219,81 @@ def test_another_denoiser_may_guide():
     def worse(x, sigma, y):
         return 0.5 * Classed()(x, sigma, y=y)
 
-    got = ClassifierFree(Classed(), 2.0, guide=worse, guide_classes=True)(x, SIGMAS, y=y)
+    got = ClassifierFree(Classed(), 2.0, guide=worse, guide_told=True)(x, SIGMAS, y=y)
     torch.testing.assert_close(got, 1.5 * pulled, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="guide_classes needs a guide"):
-        ClassifierFree(Classed(), guide_classes=True)
+    with pytest.raises(ValueError, match="guide_told needs a guide"):
+        ClassifierFree(Classed(), guide_told=True)
     with pytest.raises(ValueError, match="needs the class"):
         ClassifierFree(Classed())(x, SIGMAS)
     with pytest.raises(ValueError, match="interval must be"):
         ClassifierFree(Classed(), interval=(2.0, 1.0))
+
+
+class Told:
+    """Of a model of pairs, in closed form: the posterior given what was observed, for all or for each, or the prior."""
+
+    def __init__(self) -> None:
+        self.problem = Linear()
+
+    def __call__(self, x, sigma, observed=None, **condition):
+        assert not condition
+        if observed is None:
+            return self.problem.prior(x, sigma)
+        rows = []
+        for i, y in enumerate(observed.expand(len(x), 2)):
+            self.problem.y = y
+            rows.append(self.problem.posterior(x[i : i + 1], sigma[i : i + 1]))
+        return torch.cat(rows)
+
+
+def test_classifier_free_guidance_is_that_of_the_implied_likelihood():
+    """D + w (D(. | y) - D) is the prior at 0, the posterior at 1, and at any w guided by the exact log p(y | x~)."""
+    net, x, every = Told(), 2 * normal(9, 3, seed=4), normal(9, 2, seed=5)
+    prior = net.problem.prior(x, SIGMAS)
+    for w in (0.0, 0.5, 1.0, 3.0):
+        free = ClassifierFree(net, w)
+        rows = []
+        for i, y in enumerate(every):
+            net.problem.y = y
+            rows.append(Guided(net.problem.prior, net.problem.log_potential, w)(x[i : i + 1], SIGMAS[i : i + 1]))
+        torch.testing.assert_close(free(x, SIGMAS, observed=every), torch.cat(rows), rtol=0, atol=1e-9)
+        # one observation for all, of any size: here of two numbers for a batch of two, whose rows it must not be
+        net.problem.y = every[0]
+        want = Guided(net.problem.prior, net.problem.log_potential, w)(x[:2], SIGMAS[:2])
+        torch.testing.assert_close(free(x[:2], SIGMAS[:2], observed=every[0]), want, rtol=0, atol=1e-9)
+    assert float((net(x, SIGMAS, observed=every) - prior).abs().max()) > 1, "there is something to get wrong"
+    some = ClassifierFree(net, 3.0, interval=(0.1, 10.0))(x, SIGMAS, observed=every)
+    inside = (SIGMAS > 0.1) & (SIGMAS <= 10.0)
+    full = ClassifierFree(net, 3.0)(x, SIGMAS, observed=every)
+    torch.testing.assert_close(some, torch.where(inside[:, None], full, net(x, SIGMAS, observed=every)))
+
+
+def test_what_is_hidden_from_the_guide_can_be_chosen():
+    """Of a class and data together each can be guided to, or both; by itself it is the class."""
+
+    def net(x, sigma, y=None, observed=None):  # linear in what is told, so that the guide's knowledge shows
+        told = torch.zeros_like(x) if y is None else 1.0 * (1 + y).unsqueeze(1).expand_as(x)
+        return x + told + (0 if observed is None else 100 * observed)
+
+    x, y, seen = normal(2, 2, seed=1), torch.tensor([0, 2]), normal(2, 2, seed=2)
+    pulled = net(x, 1.0, y, seen)
+    for hides, base in (
+        (None, net(x, 1.0, None, seen)),
+        (("y",), net(x, 1.0, None, seen)),
+        (("observed",), net(x, 1.0, y)),
+        (("y", "observed"), net(x, 1.0)),
+    ):
+        got = ClassifierFree(net, 3.0, hides=hides)(x, 1.0, y=y, observed=seen)
+        torch.testing.assert_close(got, base + 3 * (pulled - base), rtol=0, atol=1e-10)
+    got = ClassifierFree(net, 3.0, guide=GaussianDenoiser(torch.zeros(2), 4.0))(x, 1.0, observed=seen)
+    base = GaussianDenoiser(torch.zeros(2), 4.0)(x, 1.0)
+    torch.testing.assert_close(got, base + 3 * (net(x, 1.0, None, seen) - base), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="needs what was observed, observed="):
+        ClassifierFree(net, hides=("observed",))(x, 1.0, y=y)
+    with pytest.raises(ValueError, match="hides must name y, observed or both"):
+        ClassifierFree(net, hides=("x",))
+    again = build(describe(ClassifierFree(GaussianDenoiser(), hides=("observed",))), ClassifierFree)
+    assert tuple(again.hides) == ("observed",)
 
 
 def test_wrappers_describe_themselves():

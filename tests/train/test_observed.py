@@ -225,11 +225,11 @@ def test_a_network_of_functions_is_told_data_of_any_kind():
                 Dataset("d", torch.zeros(9, 2), observed=Measured(Matrix(A), GaussianNoise(1.0))),
                 TrainConfig(steps=1, batch=4),
             ).fit(progress=False),
-            "condition_features is not 0; it is 0",
+            "got observed, but it was built without condition_features",
         ),
         (lambda: MLP(2, condition_features=-1), "condition_features must be 0 or more"),
         (lambda: UNet(1, 8, condition_channels=-1), "condition_channels must be 0 or more"),
-        (lambda: UNet(1, 8, condition_channels=1)(torch.zeros(1, 1, 8, 8), torch.zeros(1)), "it is 1"),
+        (lambda: UNet(1, 8, condition_channels=1)(torch.zeros(1, 1, 8, 8), torch.zeros(1)), "give observed="),
     ],
 )
 def test_misuse_is_named(call, message):

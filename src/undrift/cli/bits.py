@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class HeldOut:
         log_det: log Jacobian of the pixels' transform (n,), or 0.
         bins: values that a pixel can take; 1 where the data are no pixels, and bits are of a density.
         seed: of the draw, and of all further randomness.
+        told: what was observed of each, for a network that is told; or nothing.
     """
 
     data: Dataset
@@ -36,16 +38,25 @@ class HeldOut:
     log_det: Tensor | float
     bins: int
     seed: int
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def draw(cls, data: Dataset, n: int, seed: int) -> HeldOut:
-        """n points, or all there are."""
+    def draw(cls, data: Dataset, n: int, seed: int, told: bool = False) -> HeldOut:
+        """n points, or all there are; with what was observed of them if a network is ``told`` and the data say it."""
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(data), generator=generator)[:n]
         if data.pixels is None:
-            return cls(data, data.x[index], 0.0, 1, seed)
-        y, log_det = data.pixels.draw(index, generator)
-        return cls(data, y.to(data.x), log_det, data.pixels.bins, seed)
+            found = cls(data, data.x[index], 0.0, 1, seed)
+        else:
+            y, log_det = data.pixels.draw(index, generator)
+            found = cls(data, y.to(data.x), log_det, data.pixels.bins, seed)
+        observed = data.observe(index, found.y, generator) if told else None
+        return found if observed is None else replace(found, told={"observed": observed})
+
+    @property
+    def given(self) -> str:
+        """What the likelihood is of beside the points."""
+        return " given what was observed of each" if self.told else ""
 
 
 def bound_bits(
@@ -69,7 +80,8 @@ def bound_bits(
     denoiser = diffusion.denoiser if isinstance(diffusion, Diffusion) else None
     lowest = denoiser.sigma_min if isinstance(denoiser, NetworkDenoiser) else None
     level = sigma_min or checkpoint.notes.get("sigma_min") or lowest or 1e-3
-    found = elbo(diffusion, points.y, sigma_min=level, samples=times, seed=points.seed, progress=progress)
+    told: dict[str, Any] = dict(points.told)
+    found = elbo(diffusion, points.y, sigma_min=level, samples=times, seed=points.seed, progress=progress, **told)
     bits, error = found.bits_per_dim(points.log_det, points.bins)
     scale, n = found.dim * math.log(2), len(points.y)
     rows = [row(f"bits per dimension, upper bound, {n} points", bits, error)]
@@ -78,7 +90,7 @@ def bound_bits(
     change = math.log2(points.bins) - float(torch.as_tensor(points.log_det).mean()) / scale
     rows.append(row("of these, change of variables", change))
     remarks = [
-        f"Upper bound: minus the evidence lower bound of {n} points of {points.data.name} under "
+        f"Upper bound: minus the evidence lower bound of {n} points of {points.data.name}{points.given} under "
         f"{label(diffusion.process)}, {times} times a point, the decoder from noise level {level:g} on; the standard "
         "error counts the choice of points, times and noise."
     ]
@@ -95,18 +107,22 @@ def flow_bits(
     diffusion: Diffusion | NoiseDiffusion, points: HeldOut, tolerance: float, progress: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The likelihood by the probability flow, in bits per dimension, as a row of a table; and what to know about it."""
-    result = log_likelihood(diffusion, points.y, rtol=tolerance, atol=tolerance, seed=points.seed, progress=progress)
+    told: dict[str, Any] = dict(points.told)
+    result = log_likelihood(
+        diffusion, points.y, rtol=tolerance, atol=tolerance, seed=points.seed, progress=progress, **told
+    )
     bits, n = result.bits_per_dim(points.log_det, points.bins), len(points.y)
     error = float(bits.std()) / math.sqrt(n) if n > 1 else None
     kind = "a lower bound on the likelihood" if diffusion.process.channels > 1 else "the model's density"
     if points.data.pixels is not None:
         remark = (
-            f"Probability flow: {kind}, of {n} points of {points.data.name}, one draw of dequantisation noise each."
+            f"Probability flow: {kind}, of {n} points of {points.data.name}{points.given}, one draw of dequantisation "
+            "noise each."
         )
         return [row(f"bits per dimension, probability flow, {n} points", float(bits.mean()), error)], [remark]
     remark = (
-        f"Bits per dimension: of {n} points of {points.data.name}, scaled as for training and not dequantised, so the "
-        f"values are of a density ({kind}) and may be negative."
+        f"Bits per dimension: of {n} points of {points.data.name}{points.given}, scaled as for training and not "
+        f"dequantised, so the values are of a density ({kind}) and may be negative."
     )
     return [row("bits per dimension", float(bits.mean()), error)], [remark]
 

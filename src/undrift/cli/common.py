@@ -127,6 +127,23 @@ class Checkpoint:
         """The network inside."""
         return self.model.network if isinstance(self.model, NoiseDiffusion) else self.denoiser.network
 
+    @property
+    def told(self) -> bool:
+        """Whether the network takes what was observed of a point."""
+        return any(getattr(self.network, f"condition_{kind}", 0) for kind in ("channels", "features"))
+
+    def check_prior(self, what: str, instead: str) -> None:
+        """See that the model makes points without being told of an observation.
+
+        Raises:
+            ConfigError: if it must be told, saying that ``what`` tells it nothing, and what to do ``instead``.
+        """
+        if self.told and not self.network.condition_optional:
+            raise ConfigError(
+                f"run: the network of {self.path} is told what was observed, and {what} tells it nothing; train one "
+                f"that does without, with --train.observed_dropout 0.1, or {instead}."
+            )
+
 
 def open_checkpoint(run: str) -> Checkpoint:
     """The model of a run's folder (its model.safetensors), or of a file.

@@ -85,6 +85,7 @@ class CompareRun:
         clock = Clock()
         checkpoint = open_checkpoint(self.run)
         checkpoint.denoiser  # noqa: B018 - says now if the model serves one process only
+        checkpoint.check_prior("undrift compare", "compare samplers in Python, by sample(..., observed=y)")
         data = self.data.load()
         holdout = None if self.holdout is None else self.holdout.load()
         check_data(data, self.data, checkpoint, "data")

@@ -108,6 +108,8 @@ class Conditioned:
         draws = decode(x).double()
         mean, std = draws.mean(0), draws.std(0) if len(draws) > 1 else torch.zeros_like(draws[0])
         warnings = [_NO_POSTERIOR[self.method]] if self.method in _NO_POSTERIOR else []
+        if self.method == "amortised" and self.notes.get("guidance", 1) != 1:
+            warnings = ["Guidance at a strength other than 1 is no draw of the posterior."]
         facts: list[tuple[str, str]] = [("told", self.words), ("method", _WORDS[str(self.method)])]
         facts.append(("draws", str(len(x))))
         if particles is not None:
@@ -181,7 +183,14 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
         words.append(f"class {run.y}")
         notes["y"] = run.y
     method = _method(run, checkpoint)
-    free = run.y is not None and run.guidance is not None and run.classifier is None
+    # to the class where there is one, or else to what an amortised network is told
+    to = "y" if run.y is not None else "observed" if method == "amortised" else None
+    free = run.guidance is not None and run.classifier is None and to is not None
+    if run.interval is not None and not free:
+        raise ConfigError(
+            "interval: the noise levels of guidance without a classifier, which is to a class, --y, or to what a "
+            f"network is told; the network of {checkpoint.path} is told nothing."
+        )
     if isinstance(diffusion, NoiseDiffusion) and method in ("known", "twisted"):
         raise ConfigError(
             f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and --method {method} needs a "
@@ -189,11 +198,12 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
         )
     model: Diffusion | NoiseDiffusion | GuidedNoise = diffusion
     if free:
-        _check_dropped(checkpoint)
+        _check_dropped(checkpoint, str(to))
         interval = (0.0, math.inf) if run.interval is None else run.interval
         assert run.guidance is not None
         model = classifier_free(diffusion, run.guidance, interval)
-        words[-1] += f" at strength {run.guidance:g}"
+        if to == "y":
+            words[-1] += f" at strength {run.guidance:g}"
         notes |= {"guidance": run.guidance, "interval": None if run.interval is None else list(run.interval)}
     if run.classifier is not None:
         assert run.label is not None
@@ -212,20 +222,21 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
 
 def _method(run: SampleRun, checkpoint: Checkpoint) -> Method | None:
     """The method that is meant, or None if nothing is observed."""
-    network = checkpoint.network
-    told = any(getattr(network, name, 0) for name in ("condition_channels", "condition_features"))
+    told, nothing = checkpoint.told, run.data is None and run.simulate is None and run.truth is None
     if told and run.method not in (None, "amortised"):
         raise ConfigError(f"method: the network of {checkpoint.path} is told what was observed; it is amortised.")
     if told and (run.known is not None or run.mask is not None):
         raise ConfigError(
             f"mask: the network of {checkpoint.path} is told what was observed; give --observe or --data."
         )
+    if told and nothing:
+        if run.method is None and checkpoint.network.condition_optional:
+            return None
+        raise ConfigError(
+            f"data: the network of {checkpoint.path} is told what was observed; give --data FILE, or a truth to "
+            "simulate it from, --simulate INDEX. (The prior is drawn from a run with train.observed_dropout above 0.)"
+        )
     if told:
-        if run.data is None and run.simulate is None and run.truth is None:
-            raise ConfigError(
-                f"data: the network of {checkpoint.path} is told what was observed; give --data FILE, or a truth to "
-                "simulate it from, --simulate INDEX."
-            )
         return "amortised"
     if run.method == "amortised":
         raise ConfigError(f"method: the network of {checkpoint.path} is not told data; train one with data of pairs.")
@@ -282,6 +293,8 @@ def _told(
         operator, noise = _experiment(run, checkpoint, method)
         y = None if run.data is None else read_array(run.data, "data", ("y", "x", "data")).float()
         words.append(f"{type(operator).__name__} of {of} with {type(noise).__name__}")
+        if method == "amortised" and "guidance" in notes and run.y is None and run.classifier is None:
+            words[-1] += f" at strength {run.guidance:g}"
     observation = seen(operator, noise, event, y, truth, run.seed + 1)  # the seed itself is the sampler's
     if known is not None:
         assert isinstance(operator, Mask)
@@ -331,10 +344,18 @@ def _experiment(run: SampleRun, checkpoint: Checkpoint, method: Method) -> tuple
     return source.operator, source.noise if run.noise is None else run.noise
 
 
-def _check_dropped(checkpoint: Checkpoint) -> None:
-    """Raise ConfigError if the run never saw a point without its class, so that there is nothing to guide away from."""
+def _check_dropped(checkpoint: Checkpoint, condition: str) -> None:
+    """Raise ConfigError if the run never saw a point without its class ("y"), or without what was "observed" of it, so
+    that there is nothing to guide away from."""
     import yaml
 
+    if condition == "observed":
+        if not checkpoint.network.condition_optional:
+            raise ConfigError(
+                f"guidance: the network of {checkpoint.path} was always told what was observed and knows no prior to "
+                "guide away from; train with train.observed_dropout 0.1."
+            )
+        return
     path = checkpoint.path.parent / "config.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     dropped = (config or {}).get("train", {}).get("class_dropout") if isinstance(config, dict) else None

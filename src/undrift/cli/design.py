@@ -150,6 +150,7 @@ class DesignRun:
         data, holdout = self.data.load(), None
         if checkpoint is not None:
             checkpoint.denoiser  # noqa: B018 - says now if the model serves one process only
+            checkpoint.check_prior("undrift design", "leave --run out and design for the data alone")
             check_data(data, self.data, checkpoint, "data")
             if self.holdout is not None:
                 holdout = self.holdout.load()

@@ -41,7 +41,8 @@ class EvaluateRun:
         samples: npz file of samples, as undrift sample writes it; null to ask for bpd or likelihood alone.
         data: what they are compared with: the training data.
         holdout: data the model has not seen, for the floor of each measure, and for bpd and likelihood; null for none.
-        run: folder or checkpoint of the model, needed for bpd and likelihood.
+        run: folder or checkpoint of the model, needed for bpd and likelihood. A network that is told what was observed
+            is told what the data say of that, and what is measured is the likelihood given it; without, the prior's.
         process: for bpd and likelihood, as in undrift sample.
         bpd: number of held-out points whose bits per dimension are bounded; 0 for none. The data must be Dequantised.
         bpd_times: times per point at which the bound's path term is estimated.
@@ -92,6 +93,10 @@ class EvaluateRun:
         diffusion = None if checkpoint is None else diffusion_of(checkpoint, self.process)
         loaded = self._load(x, Tones.read(settings), checkpoint)
         test = list(loaded.values())[-1]
+        told = checkpoint is not None and checkpoint.told
+        if checkpoint is not None and (self.bpd or self.likelihood) and test.observed is None:
+            pairs = "give pairs, as in --holdout '{type: Simulated, source: ..., operator: ..., noise: ...}'"
+            checkpoint.check_prior(test.name, pairs)
         out = self._folder(checkpoint)
         if self.out is None and x is not None:  # config.yaml there says how the samples were drawn
             if (out / "evaluation.json").exists() and not self.overwrite:
@@ -105,11 +110,12 @@ class EvaluateRun:
             caption = f"{len(x)} samples of {self.samples} against {loaded['data'].name}; lower is better."
             measures += self._distances(centred(x, loaded["data"]).to(loaded["data"].x), **loaded)
         if diffusion is not None and checkpoint is not None and self.bpd:
-            points = HeldOut.draw(test, self.bpd, self.seed)
+            points = HeldOut.draw(test, self.bpd, self.seed, told)
             rows, said = bound_bits(diffusion, checkpoint, points, self.bpd_times, self.sigma_min, self.progress)
             measures, remarks = measures + rows, remarks + said
         if diffusion is not None and self.likelihood:
-            rows, said = flow_bits(diffusion, HeldOut.draw(test, self.likelihood, self.seed), self.rtol, self.progress)
+            points = HeldOut.draw(test, self.likelihood, self.seed, told)
+            rows, said = flow_bits(diffusion, points, self.rtol, self.progress)
             measures, remarks = measures + rows, remarks + said
         write_json(out / "evaluation.json", {"measures": measures, "caption": caption, "remarks": remarks})
         asked = {"samples": self.samples, "run": self.run}

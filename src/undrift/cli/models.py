@@ -33,12 +33,14 @@ def observed_of(data: Dataset, n: int) -> dict[str, Tensor]:
     return {} if observed is None else {"observed": observed}
 
 
-def default_network(data: Dataset, channels: int = 1, space: Space | None = None) -> Network:
+def default_network(data: Dataset, channels: int = 1, space: Space | None = None, optional: bool = False) -> Network:
     """A SpectralNet for functions, a UNet for square images of even size, an MLP for anything else.
 
-    ``channels`` is K where the network sees all channels. What was observed, where the data say that, is told.
+    ``channels`` is K where the network sees all channels. What was observed, where the data say that, is told;
+    ``optional`` makes a network that does without.
     """
     event, told = data.event, observed_of(data, 1).get("observed")
+    optional = optional and told is not None
     if isinstance(space, FunctionSpace):
         grid = space.basis.grid(event)
         field_ = told is not None and told.ndim > space.basis.dims and told.ndim > 2
@@ -50,18 +52,26 @@ def default_network(data: Dataset, channels: int = 1, space: Space | None = None
             if field_ and told is not None
             else 0,
             condition_features=told.numel() if told is not None and not field_ else 0,
+            condition_optional=optional,
         )
     square = len(event) == 3 and event[1] == event[2] and event[1] % 2 == 0
     if square and (told is None or tuple(told.shape[2:]) == event[1:]):
         levels = (1, 2, 2) if event[1] % 4 == 0 and event[1] >= 16 else (1, 2)
         seen = 0 if told is None else told.shape[1]
-        return UNet(event[0] * channels, event[1], multipliers=levels, condition_channels=seen)
+        return UNet(
+            event[0] * channels,
+            event[1],
+            multipliers=levels,
+            condition_channels=seen,
+            condition_optional=optional,
+        )
     if told is not None and told.ndim != 2:
         raise ConfigError(
             f"network: none by default is told data of shape {tuple(told.shape[1:])} about points of shape {event}; "
             "name one, or give operators that see vectors, or images of the points' own size."
         )
-    return MLP(math.prod(event) * channels, condition_features=0 if told is None else told.shape[1])
+    features = 0 if told is None else told.shape[1]
+    return MLP(math.prod(event) * channels, condition_features=features, condition_optional=optional)
 
 
 def default_classifier(data: Dataset) -> ClassifierNetwork:

@@ -36,19 +36,15 @@ def check(run: SampleRun) -> None:
             "label: a classifier needs the class to guide to, as in --label 3.",
         ),
         (
-            run.guidance is not None and not (run.y is not None or run.classifier is not None or told),
-            "guidance: nothing guides; give --y, --classifier or --observe.",
+            run.guidance is not None and not (run.y is not None or run.classifier is not None or told or true),
+            "guidance: nothing guides; give --y, --classifier or --observe, or --data to a network that is told them.",
         ),
         (
             run.guidance is not None and run.classifier is not None and noisy,
             "guidance: would be the strength of both the classifier and the observation; leave it out, for 1.",
         ),
         (
-            run.guidance is not None
-            and told
-            and run.classifier is None
-            and run.y is None
-            and run.method in (*OF_PARTS, "amortised"),
+            run.guidance is not None and told and run.classifier is None and run.y is None and run.method in OF_PARTS,
             f"guidance: is the strength of a potential's gradient, and {run.method} has none.",
         ),
         (
@@ -56,8 +52,10 @@ def check(run: SampleRun) -> None:
             f"guidance: must be finite, got {run.guidance}.",
         ),
         (
-            run.interval is not None and (run.y is None or run.guidance is None or run.classifier is not None),
-            "interval: the noise levels of guidance without a classifier; give --y and --guidance as well.",
+            run.interval is not None
+            and (run.guidance is None or run.classifier is not None or not (run.y is not None or told or true)),
+            "interval: the noise levels of guidance without a classifier; give --guidance as well, and --y, or --data "
+            "to a network that is told them.",
         ),
         (
             run.interval is not None and not 0 <= run.interval[0] < run.interval[1],

@@ -36,6 +36,8 @@ from undrift.train import (
     Trainer,
     accuracy,
 )
+from undrift.train.checkpoint import network_of
+from undrift.train.trainer import check_observed
 
 __all__ = ["TrainRun"]
 
@@ -169,6 +171,10 @@ class TrainRun:
         if self.resume and not (out / "last.safetensors").exists():
             raise ConfigError(f"resume: {out} holds no run to resume (no last.safetensors).")
         model = self.new_model(data)
+        try:
+            check_observed(network_of(model), data, self.train.observed_dropout)
+        except ValueError as error:
+            raise ConfigError(f"train.observed_dropout: {error}") from error
         _try(model, data)
         if not self.resume:
             begin(self, out, _FILES, self.overwrite, "--resume to continue it, ")
@@ -217,7 +223,7 @@ class TrainRun:
             elif isinstance(self.objective, Classification):
                 network = default_classifier(data)
             else:
-                network = default_network(data, channels, space)
+                network = default_network(data, channels, space, self.train.observed_dropout > 0)
         # Data such as logits of mostly black pixels lie far from zero, and so does what the network sees.
         scale = data_scale(data, space) if bound is None else float(data.x.double().square().mean().sqrt())
         if isinstance(self.objective, Classification):
@@ -298,7 +304,8 @@ def _try(model: NetworkDenoiser | NetworkClassifier | Diffusion | NoiseDiffusion
     try:
         with torch.no_grad():
             if isinstance(model, NoiseDiffusion):
-                model.score(x.unsqueeze(1).expand(-1, model.process.channels, *data.event), 0.5 * model.process.horizon)
+                z = x.unsqueeze(1).expand(-1, model.process.channels, *data.event)
+                model.score(z, 0.5 * model.process.horizon, **told)
             elif isinstance(model, NetworkClassifier):
                 model(x, torch.ones(len(x)))
             else:

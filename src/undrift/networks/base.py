@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FourierFeatures", "Network", "batched"]
+__all__ = ["FourierFeatures", "Network", "absence", "batched", "told"]
 
 
 class Network(nn.Module, ABC):
@@ -23,9 +23,14 @@ class Network(nn.Module, ABC):
 
     A subclass keeps ``config``, the mapping of its constructor's arguments, so that a file can describe it. A network
     of your own need not derive from this class to be trained; it must to be saved and loaded by name.
+
+    Attributes:
+        condition_optional: whether the network does without ``observed``. It then reads None, and of a batch the
+            samples whose observation is all NaN, as "no observation", and training drops some.
     """
 
     config: Mapping[str, Any] = MappingProxyType({})
+    condition_optional: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, label: Tensor, **condition: Any) -> Tensor:
@@ -86,3 +91,52 @@ def batched(observed: Tensor, batch: int, expected: Sequence[int | None], owner:
             f"got {shape}."
         )
     return observed.expand(batch, *tail)
+
+
+def told(
+    observed: Tensor | None, like: Tensor, expected: Sequence[int | None], owner: str, optional: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What each of a batch was told, and who was told nothing.
+
+    Args:
+        observed: see :func:`batched`; None, or all NaN for one of the batch, is no observation.
+        like: of the batch, (batch, ...), with the dtype and device that the network computes in.
+        expected: sizes, None where any will do.
+        owner: for errors.
+        optional: whether the network does without.
+
+    Returns:
+        Data (batch, *expected), zero where there are none (of size 1 where any will do), and where that is (batch,),
+        or None unless ``optional``.
+
+    Raises:
+        TypeError: if nothing was observed and the network does not do without.
+        ValueError: for shapes that do not fit.
+    """
+    batch = like.shape[0]
+    if observed is None:
+        if not optional:
+            raise TypeError(
+                f"{owner}: is told what was observed, so give observed=. A network that does without is built with "
+                "condition_optional=True and trained with observed_dropout above 0."
+            )
+        sizes = [1 if n is None else n for n in expected]
+        return like.new_zeros(batch, *sizes), torch.ones(batch, dtype=torch.bool, device=like.device)
+    data = batched(observed, batch, expected, owner).to(like)
+    if not optional:
+        return data, None
+    absent = data.flatten(1).isnan().all(1)
+    return data.masked_fill(absent.reshape(-1, *[1] * (data.ndim - 1)), 0.0), absent
+
+
+def absence(optional: bool, conditions: int, features: int, owner: str) -> nn.Parameter | None:
+    """What is added to the embedding (batch, features) of a sample that is told nothing; None unless ``optional``.
+
+    Raises:
+        ValueError: if there is nothing, ``conditions`` = 0, that could be absent.
+    """
+    if not optional:
+        return None
+    if not conditions:
+        raise ValueError(f"{owner}: condition_optional is of what was observed, and the network is told nothing.")
+    return nn.Parameter(torch.randn(features))

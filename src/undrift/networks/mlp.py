@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undrift.networks.base import FourierFeatures, Network, batched
+from undrift.networks.base import FourierFeatures, Network, absence, told
 
 __all__ = ["MLP"]
 
@@ -40,10 +40,18 @@ class MLP(Network):
         depth: residual blocks.
         frequencies: Fourier features of the noise label, even.
         condition_features: numbers of a vector ``observed`` (batch, condition_features) that the network is told; or 0.
+        condition_optional: whether it does without, where ``observed`` is None or all NaN: the vector is then zero, and
+            a learned one joins the embedded label.
     """
 
     def __init__(
-        self, features: int, width: int = 256, depth: int = 4, frequencies: int = 32, condition_features: int = 0
+        self,
+        features: int,
+        width: int = 256,
+        depth: int = 4,
+        frequencies: int = 32,
+        condition_features: int = 0,
+        condition_optional: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("features", features), ("width", width), ("depth", depth)):
@@ -57,8 +65,10 @@ class MLP(Network):
             "depth": depth,
             "frequencies": frequencies,
             "condition_features": condition_features,
+            "condition_optional": condition_optional,
         }
         self.features, self.condition_features = features, condition_features
+        self.condition_optional = condition_optional
         self.embed = nn.Sequential(FourierFeatures(frequencies), nn.Linear(frequencies, width), nn.SiLU())
         self.inward = nn.Linear(features + condition_features, width)
         self.blocks = nn.ModuleList(_Residual(width, width) for _ in range(depth))
@@ -66,6 +76,7 @@ class MLP(Network):
         self.outward = nn.Linear(width, features)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
+        self.absent = absence(condition_optional, condition_features, width, "MLP")
 
     def forward(self, x: Tensor, label: Tensor, observed: Tensor | None = None, **condition: Any) -> Tensor:
         """x (batch, *event) with ``features`` numbers in an event, label (batch,), observed; returns x's shape."""
@@ -78,14 +89,13 @@ class MLP(Network):
                 f"{flat.shape[1]}; build the network with features = K times the size of a data point."
             )
         e = self.embed(label)
-        if (observed is None) != (self.condition_features == 0):
-            raise TypeError(
-                "MLP: observed must be given exactly where condition_features is not 0; it is "
-                f"{self.condition_features}."
-            )
-        if observed is not None:
-            data = batched(observed, x.shape[0], (self.condition_features,), "MLP")
-            flat = torch.cat([flat, data.to(flat)], 1)
+        if self.condition_features:
+            data, absent = told(observed, flat, (self.condition_features,), "MLP", self.condition_optional)
+            flat = torch.cat([flat, data], 1)
+            if absent is not None and self.absent is not None:
+                e = e + absent.unsqueeze(1) * self.absent
+        elif observed is not None:
+            raise TypeError("MLP: got observed, but it was built without condition_features.")
         h = self.inward(flat)
         for block in self.blocks:
             h = block(h, e)

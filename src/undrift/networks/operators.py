@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from undrift.networks.base import Network, batched
+from undrift.networks.base import Network, told
 
 __all__ = ["NeuralOperator"]
 
@@ -28,6 +28,8 @@ class NeuralOperator(Network):
         dims: dimension of the domain.
         coordinates: append the d coordinates of the midpoints, in [0, 1].
         condition_channels: components of a field ``observed``, on the grid of x.
+        condition_optional: whether it does without, where ``observed`` is None or all NaN: the field is then zero, and
+            one more constant channel is 1 rather than 0.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class NeuralOperator(Network):
         dims: int = 1,
         coordinates: bool = False,
         condition_channels: int = 0,
+        condition_optional: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -47,7 +50,11 @@ class NeuralOperator(Network):
                 f"{channels}, {dims} and {condition_channels}."
             )
         self.module, self.channels, self.dims, self.coordinates = module, channels, dims, coordinates
-        self.condition_channels = condition_channels
+        if condition_optional and not condition_channels:
+            raise ValueError(
+                "NeuralOperator: condition_optional is of what was observed, and the network is told nothing."
+            )
+        self.condition_channels, self.condition_optional = condition_channels, condition_optional
 
     @property
     def config(self) -> dict[str, Any]:  # type: ignore[override]
@@ -62,8 +69,9 @@ class NeuralOperator(Network):
 
     @property
     def inputs(self) -> int:
-        """Channels that the module must take: data, what was observed, the label, coordinates."""
-        return self.channels + self.condition_channels + 1 + (self.dims if self.coordinates else 0)
+        """Channels that the module must take: data, what was observed and whether it was, the label, coordinates."""
+        places = self.dims if self.coordinates else 0
+        return self.channels + self.condition_channels + int(self.condition_optional) + 1 + places
 
     def forward(self, x: Tensor, label: Tensor, observed: Tensor | None = None, **condition: Any) -> Tensor:
         """x (batch, *leading, *grid), label (batch,), and a field observed; returns x's shape."""
@@ -77,14 +85,16 @@ class NeuralOperator(Network):
                 f"{tuple(x.shape)}."
             )
         parts = [field]
-        if (observed is None) != (self.condition_channels == 0):
-            raise TypeError(
-                "NeuralOperator: observed must be given exactly where condition_channels is not 0; it is "
-                f"{self.condition_channels}."
-            )
-        if observed is not None:
-            parts.append(batched(observed, x.shape[0], (self.condition_channels, *grid), "NeuralOperator").to(x))
-        parts.append(label.reshape(-1, *[1] * (self.dims + 1)).to(x).expand(-1, 1, *grid))
+        constant = (-1, *[1] * (self.dims + 1))
+        if self.condition_channels:
+            sizes = (self.condition_channels, *grid)
+            data, absent = told(observed, x, sizes, "NeuralOperator", self.condition_optional)
+            parts.append(data)
+            if absent is not None:
+                parts.append(absent.reshape(constant).to(x).expand(-1, 1, *grid))
+        elif observed is not None:
+            raise TypeError("NeuralOperator: got observed, but it was built without condition_channels.")
+        parts.append(label.reshape(constant).to(x).expand(-1, 1, *grid))
         if self.coordinates:
             axes = [(torch.arange(n, dtype=x.dtype, device=x.device) + 0.5) / n for n in grid]
             places = torch.stack(torch.meshgrid(*axes, indexing="ij"))

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undrift.networks.base import FourierFeatures, Network, batched
+from undrift.networks.base import FourierFeatures, Network, absence, told
 from undrift.space.basis import Basis, Cosine, Fourier
 
 __all__ = ["SpectralNet"]
@@ -129,6 +129,8 @@ class SpectralNet(Network):
         condition_channels: components of a field ``observed`` (batch, condition_channels, *its grid) given to the
             network as further channels; on another grid than x it is resampled.
         condition_features: numbers of a vector ``observed`` (batch, condition_features) given beside the label.
+        condition_optional: whether it does without, where ``observed`` is None or all NaN: the field or vector is then
+            zero, and a learned vector joins the embedded label.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class SpectralNet(Network):
         classes: int | None = None,
         condition_channels: int = 0,
         condition_features: int = 0,
+        condition_optional: bool = False,
     ) -> None:
         super().__init__()
         basis = Cosine() if basis is None else basis
@@ -165,9 +168,11 @@ class SpectralNet(Network):
             "classes": classes,
             "condition_channels": condition_channels,
             "condition_features": condition_features,
+            "condition_optional": condition_optional,
         }
         self.basis, self.channels, self.coordinates, self.dealias = basis, channels, coordinates, dealias
         self.classes, self.condition_channels, self.condition_features = classes, condition_channels, condition_features
+        self.condition_optional = condition_optional
         pairs, embedding = isinstance(basis, Fourier), 2 * width
         self.embed = nn.Sequential(FourierFeatures(frequencies), nn.Linear(frequencies, embedding), nn.SiLU())
         self.mix = nn.Sequential(nn.Linear(embedding, embedding), nn.SiLU())
@@ -180,6 +185,8 @@ class SpectralNet(Network):
         self.last, self.outward = nn.Linear(width, 2 * width), nn.Linear(2 * width, channels)
         nn.init.zeros_(self.outward.weight)
         nn.init.zeros_(self.outward.bias)
+        conditions = condition_channels + condition_features
+        self.absent = absence(condition_optional, conditions, embedding, "SpectralNet")
 
     def _places(self, grid: tuple[int, ...], like: Tensor) -> Tensor:
         x = self.basis.points(grid).movedim(-1, 0)
@@ -204,17 +211,18 @@ class SpectralNet(Network):
         fine = tuple(self.dealias * n for n in grid)
         parts = [u if fine == grid else self.basis.resample(u, fine)]
         e = self.embed(label)
-        if (observed is None) != (not (self.condition_channels or self.condition_features)):
-            raise TypeError(
-                "SpectralNet: built with condition_channels or condition_features, so give observed=."
-                if observed is None
-                else "SpectralNet: got observed, but it was built without condition_channels and condition_features."
-            )
-        if observed is not None and self.condition_channels:
-            field = batched(observed, x.shape[0], (self.condition_channels, *[None] * dims), "SpectralNet").to(u)
+        absent = None
+        if self.condition_channels:
+            sizes = (self.condition_channels, *(fine if observed is None else [None] * dims))
+            field, absent = told(observed, u, sizes, "SpectralNet", self.condition_optional)
             parts.append(field if field.shape[2:] == fine else self.basis.resample(field, fine))
-        elif observed is not None and self.feature_embed is not None:
-            e = e + self.feature_embed(batched(observed, x.shape[0], (self.condition_features,), "SpectralNet").to(e))
+        elif self.feature_embed is not None:
+            data, absent = told(observed, e, (self.condition_features,), "SpectralNet", self.condition_optional)
+            e = e + self.feature_embed(data)
+        elif observed is not None:
+            raise TypeError("SpectralNet: got observed, but it was built without condition_channels and _features.")
+        if absent is not None and self.absent is not None:
+            e = e + absent.unsqueeze(1) * self.absent
         if self.classes is not None and self.class_embed is not None:
             y = torch.full((x.shape[0],), -1, device=x.device) if y is None else y
             e = e + self.class_embed(torch.where(y < 0, self.classes, y))

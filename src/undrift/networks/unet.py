@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from undrift.networks.base import FourierFeatures, Network, batched
+from undrift.networks.base import FourierFeatures, Network, absence, told
 
 __all__ = ["UNet"]
 
@@ -80,6 +80,8 @@ class UNet(Network):
         classes: number of classes for conditioning by ``y`` (batch,), or None. Class -1, or no ``y``, is "no class":
             train it by dropping labels, and classifier-free guidance works.
         condition_channels: channels of an image ``observed`` (batch, condition_channels, H, W) given beside x; or 0.
+        condition_optional: whether it does without, where ``observed`` is None or all NaN: the image is then zero, and
+            a learned vector joins the embedded label.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class UNet(Network):
         dropout: float = 0.0,
         classes: int | None = None,
         condition_channels: int = 0,
+        condition_optional: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("size", size), ("blocks", blocks), ("classes", classes or 1)):
@@ -122,8 +125,9 @@ class UNet(Network):
             "dropout": dropout,
             "classes": classes,
             "condition_channels": condition_channels,
+            "condition_optional": condition_optional,
         }
-        self.condition_channels = condition_channels
+        self.condition_channels, self.condition_optional = condition_channels, condition_optional
         self.channels, self.size, self.classes, self.blocks = channels, size, classes, blocks
         embedding = 4 * width
         self.embed = nn.Sequential(FourierFeatures(width), nn.Linear(width, embedding), nn.SiLU())
@@ -146,6 +150,7 @@ class UNet(Network):
             c = level
         self.norm = _norm(c)
         self.outward = _zero(nn.Conv2d(c, channels, 3, padding=1))
+        self.absent = absence(condition_optional, condition_channels, embedding, "UNet")
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on a CPU, or more
 
     def forward(
@@ -166,15 +171,15 @@ class UNet(Network):
             e = e + self.class_embed(torch.where(y < 0, self.classes, y))
         elif y is not None:
             raise TypeError("UNet: got classes y, but it was built with classes=None.")
-        e = self.mix(e)
-        if (observed is None) != (self.condition_channels == 0):
-            raise TypeError(
-                "UNet: observed must be given exactly where condition_channels is not 0; it is "
-                f"{self.condition_channels}."
-            )
-        if observed is not None:
+        if self.condition_channels:
             expected = (self.condition_channels, self.size, self.size)
-            image = torch.cat([image, batched(observed, x.shape[0], expected, "UNet").to(image)], 1)
+            data, absent = told(observed, image, expected, "UNet", self.condition_optional)
+            image = torch.cat([image, data], 1)
+            if absent is not None and self.absent is not None:
+                e = e + absent.unsqueeze(1) * self.absent
+        elif observed is not None:
+            raise TypeError("UNet: got observed, but it was built without condition_channels.")
+        e = self.mix(e)
         h = self.inward(image.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for i, block in enumerate(self.down):

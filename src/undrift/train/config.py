@@ -25,6 +25,8 @@ class TrainConfig:
         ema_rampup: the half-life is at most this share of the samples seen so far, so that the average forgets the
             start early on (Karras et al. 2022, appendix F.2).
         class_dropout: probability of training a sample without its class, for classifier-free guidance.
+        observed_dropout: probability of training a sample without what was observed of it, so that the network knows
+            the prior beside the posterior; above 0 exactly for networks that do without (condition_optional).
         precision: "float32", or "bf16": the network runs under autocast; coefficients, losses and weights stay float32.
         seed: of everything random.
         log_every: steps between rows of metrics.
@@ -43,6 +45,7 @@ class TrainConfig:
     ema: float = 100_000.0
     ema_rampup: float = 0.05
     class_dropout: float = 0.1
+    observed_dropout: float = 0.0
     precision: Literal["float32", "bf16"] = "float32"
     seed: int = 0
     log_every: int = 100
@@ -64,6 +67,7 @@ class TrainConfig:
         check(0 < self.ema < math.inf, "ema", "a positive number of samples")
         check(0 < self.ema_rampup < math.inf, "ema_rampup", "positive")
         check(0 <= self.class_dropout <= 1, "class_dropout", "a probability")
+        check(0 <= self.observed_dropout <= 1, "observed_dropout", "a probability")
         check(self.precision in ("float32", "bf16"), "precision", "'float32' or 'bf16'")
         check(self.seed >= 0, "seed", "0 or more")
         check(self.threads is None or self.threads >= 1, "threads", "at least 1, or null")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from undrift.config import describe
 from undrift.container import CheckpointError, read_file
-from undrift.train.checkpoint import Model, describe_model, parts_of, save, with_parts, write_model
+from undrift.train.checkpoint import Model, build_model, describe_model, parts_of, save, with_parts, write_model
 from undrift.train.config import TrainConfig
 from undrift.train.data import Dataset, DataSource
 from undrift.train.log import MetricLog
@@ -113,12 +113,7 @@ class Trainer:
             raise ValueError(
                 f"Trainer: the network takes {classes} classes, but {self.data.name} has {self.data.classes or 'none'}."
             )
-        told = any(getattr(self.network, f"condition_{kind}", 0) for kind in ("channels", "features"))
-        if told and self.data.observed is None:
-            raise ValueError(
-                f"Trainer: the network is conditioned on what was observed, but {self.data.name} has no observations; "
-                "give its Dataset observed=, or wrap its source in Simulated."
-            )
+        check_observed(self.network, self.data, self.config.observed_dropout)
         self.notes = {"data": self.data.name, "event": list(self.data.event), **(notes or {})}
         self.description: dict[str, Any] = {}
         if self.folder is not None:  # what cannot be described must fail now, not at the first checkpoint
@@ -185,6 +180,9 @@ class Trainer:
             condition["y"] = labels.masked_fill(drop, -1) if self.objective.drops_classes else labels
         x = self._here.draw(index, g)
         observed = self._here.observe(index, x, g)
+        if observed is not None and self.config.observed_dropout:
+            drop = torch.rand(len(index), generator=g, device=self.device) < self.config.observed_dropout
+            observed = observed.masked_fill(drop.reshape(-1, *[1] * (observed.ndim - 1)), math.nan)
         if observed is not None:
             condition["observed"] = observed
         per_sample, sigma = self.objective.loss(self.model, x, g, **condition)
@@ -325,9 +323,10 @@ class Trainer:
         if "step" not in state:
             raise CheckpointError(f"{path} holds a model but no training state; resume from last.safetensors of a run.")
         for part, given in self.description.items():
-            differing = [
-                f"{k}: {state[part].get(k)!r} -> {given.get(k)!r}" for k in given if state[part].get(k) != given.get(k)
-            ]
+            kept = state[part]
+            if kept != given:  # a file may be older than some settings, which then stood at their defaults
+                kept = _completed(part, kept)
+            differing = [f"{k}: {kept.get(k)!r} -> {given.get(k)!r}" for k in given if kept.get(k) != given.get(k)]
             if differing:
                 raise CheckpointError(
                     f"{self.folder} holds a run of another {part} ({'; '.join(differing)}): to resume it give the "
@@ -346,6 +345,47 @@ class Trainer:
                 }
         self._window.copy_(tensors["window"])
         self.step = state["step"]
+
+
+def check_observed(network: Any, data: Dataset, dropout: float) -> None:
+    """See that data, network and dropout agree on what is observed.
+
+    Raises:
+        ValueError: if the network is told what the data do not say, if observations are dropped that are not there or
+            that the network cannot do without, or if it could and none are dropped.
+    """
+    sizes = (getattr(network, f"condition_{kind}", 0) for kind in ("channels", "features"))
+    optional = bool(getattr(network, "condition_optional", False))
+    if data.observed is None and (optional or any(sizes)):
+        raise ValueError(
+            f"Trainer: the network is conditioned on what was observed, but {data.name} has no observations; "
+            "give its Dataset observed=, or wrap its source in Simulated."
+        )
+    if dropout and data.observed is None:
+        raise ValueError(
+            f"Trainer: observed_dropout is {dropout:g}, but {data.name} has no observations to drop; leave it at 0."
+        )
+    if dropout and not optional:
+        raise ValueError(
+            f"Trainer: observed_dropout is {dropout:g}, but the {type(network).__name__} cannot do without what was "
+            "observed; build it with condition_optional=True. A network of your own says by an attribute of that name "
+            "that it reads an observation that is all NaN as none."
+        )
+    if optional and not dropout:
+        raise ValueError(
+            f"Trainer: the {type(network).__name__} may be told nothing (condition_optional), which it never learns at "
+            "observed_dropout 0; give 0.1, say, or a network that is always told."
+        )
+
+
+def _completed(part: str, description: dict[str, Any]) -> dict[str, Any]:
+    """What an older file says of its model or settings, with what has been added since at its default."""
+    if part == "config":
+        return {**describe(TrainConfig()), **description}
+    if part == "model":
+        with torch.random.fork_rng(devices=[]):  # a network draws its weights
+            return describe_model(build_model(description))
+    return description
 
 
 def _group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
