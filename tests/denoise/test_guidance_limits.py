@@ -32,3 +32,14 @@ def test_without_a_graph_there_is_nothing_to_guide_by_and_it_is_said():
         frozen(x, 1.0)
     with torch.no_grad():
         torch.testing.assert_close(guided(x, 1.0), Guided(PRIOR, PointEstimate(SEEN))(x, 1.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_data_that_would_broadcast_to_another_shape_are_refused(normalised):
+    """(1, 1, 3) broadcasts against predictions (3, 3), and the norm of what comes out is one number a sample."""
+    square = Observation(Matrix(torch.eye(3)), GaussianNoise(STD), torch.zeros(3))
+    potential = PointEstimate(square, normalised=normalised)
+    guided = Guided(GaussianDenoiser(torch.zeros(3), torch.eye(3)), potential)
+    for wrong in (torch.zeros(5, 3), torch.zeros(1, 1, 3)):
+        with pytest.raises(ValueError, match=r"go to sample\(\) as observed="):
+            guided(torch.zeros(3, 3), 1.0, observed=wrong)

@@ -56,6 +56,16 @@ class _OfObservation:
     def _given(self, observed: Tensor | None) -> Observation:
         return self.observation if observed is None else dataclasses.replace(self.observation, y=observed)
 
+    def _data(self, predicted: Tensor, observed: Tensor | None) -> Tensor:
+        """The data y, (*data), (1, *data) or (batch, *data), for predictions (batch, *data) of them."""
+        y = self._given(observed).y.to(predicted)
+        if y.shape not in (predicted.shape[1:], predicted.shape, (1, *predicted.shape[1:])):
+            raise ValueError(
+                f"{type(self).__name__}: data of shape {tuple(y.shape)} for predictions {tuple(predicted.shape)}; data "
+                "of n samples walked in batches go to sample() as observed=."
+            )
+        return y
+
     def _field(self, x: Tensor) -> Tensor:
         return x if self.space is None else self.space.decode(x)
 
@@ -89,12 +99,7 @@ class _Gaussian(_OfObservation):
     def _white(self, x0: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor, torch.Size]:
         """R^-1 (y - A x0), (batch, m), float64; R; and the shape of the data."""
         predicted = self._operator(x0)
-        y = self._given(observed).y.to(predicted)
-        if y.shape not in (predicted.shape[1:], predicted.shape, (1, *predicted.shape[1:])):
-            raise ValueError(
-                f"{type(self).__name__}: data of shape {tuple(y.shape)} for predictions {tuple(predicted.shape)}; data "
-                "of n samples walked in batches go to sample() as observed=."
-            )
+        y = self._data(predicted, observed)
         root = self._root(predicted.shape[1:], predicted.device)
         return _solve(root, (y - predicted).reshape(len(x0), -1).double()), root, predicted.shape[1:]
 
@@ -176,12 +181,11 @@ class PointEstimate(_OfObservation):
     normalised: bool = False
 
     def __call__(self, x: Tensor, sigma: Tensor, x0: Tensor, observed: Tensor | None = None) -> Tensor:
-        given = self._given(observed)
-        clean = self._field(x0)
+        predicted = self._operator(x0)
+        y = self._data(predicted, observed)
         if not self.normalised:
-            return given.log_likelihood(clean)
-        residual = given.operator(clean) - given.y.to(clean)
-        return -torch.linalg.vector_norm(residual.reshape(len(x0), -1), dim=1)
+            return self.observation.noise.log_prob(y, predicted)
+        return -torch.linalg.vector_norm((predicted - y).reshape(len(x0), -1), dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,14 +305,15 @@ class TweedieMoments(_Linear):
 
     Tweedie's second formula, :math:`\mathrm{Cov}[x_0 | \tilde x] = \sigma^2 J C`, :math:`J = \partial D / \partial
     \tilde x`, read as :math:`\sigma^2 C J^\top` (it is symmetric), takes one vector-Jacobian product per number of the
-    observation. A learned J need not be that of a posterior mean: its asymmetric part and negative eigenvalues are
-    dropped.
+    observation. A learned J need not be that of a posterior mean: where the covariance is made whole, its asymmetric
+    part and negative eigenvalues are dropped.
 
     Args:
         observation: linear, of Gaussian noise; ``observed`` in a call replaces its y, (batch, *data).
-        dense: numbers in an observation up to which the covariance is made whole. Beyond, its systems are solved by
-            conjugate gradients with a product each, and the log potential lacks the log determinant; second
-            derivatives do not pass through.
+        dense: numbers in an observation up to which the covariance is made whole, by a product for each. Beyond, its
+            systems are solved by conjugate gradients with a product a step, often far fewer, which stop where J has
+            made the matrix indefinite; the log potential then lacks the log determinant, which guidance does not need
+            and weights do, and second derivatives do not pass through.
         iterations: of conjugate gradients, at most.
         space: where the points live; filled in by Guided.
 
