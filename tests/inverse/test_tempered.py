@@ -113,6 +113,14 @@ def test_ranks_of_the_right_posterior_are_uniform_and_wrong_ones_are_not():
     assert min(fair.share) > 0.8 - 4 * fair.std_error
 
 
+@pytest.mark.parametrize("draws", [1, 3])
+def test_ranks_of_ties_are_uniform_by_both_tests(draws):
+    """A functional that never varies is ranked by chance alone; what spreads ranks must not be what broke the ties."""
+    ranks = calibrate(torch.zeros(400, 1), torch.zeros(400, draws, 1))
+    assert float(ranks.chi_square()) > 0.01
+    assert float(ranks.uniformity()) > 0.01
+
+
 def test_ranks_by_hand():
     truths = torch.tensor([[0.0], [5.0], [2.5]])
     draws = torch.tensor([[1.0, 2.0, 3.0]] * 3).unsqueeze(-1)

@@ -9,6 +9,7 @@ import torch
 
 from undrift.inverse import Calibration
 from undrift.report import PosteriorRecord, accuracy, rank_table, write_report
+from undrift.report.inverse import curve_figure
 
 EVENTS = {"curve": (20,), "field": (8, 8), "image": (1, 8, 8), "vector": (3,)}
 
@@ -68,6 +69,19 @@ def test_coverage_and_errors_are_over_what_was_not_known():
     assert told["rmse"] == pytest.approx(float(truth[1:].square().mean().sqrt()))
     assert told["relative"] == pytest.approx(1.0)
     assert told["std"] == pytest.approx(2.0)
+
+
+def test_every_component_of_a_curve_has_a_panel_with_its_own_data():
+    draws = torch.randn(20, 2, 9, generator=torch.Generator().manual_seed(0))
+    y, sites = torch.tensor([[0.5], [-0.5]]), torch.tensor([[0.3]])
+    about = {"kind": "curve", "direct": True}
+    figure = curve_figure(PosteriorRecord(draws, draws.mean(0), draws.std(0), about, draws[0], y, None, sites))
+    assert len(figure.axes) == 2
+    for k, ax in enumerate(figure.axes):
+        lines = {line.get_label(): line.get_ydata() for line in ax.lines}
+        assert lines["mean"] == pytest.approx(draws.mean(0)[k].numpy())
+        assert lines["truth"] == pytest.approx(draws[0, k].numpy())
+        assert lines["data"] == pytest.approx(y[k].numpy())
 
 
 def test_any_number_of_values_can_be_covered(monkeypatch):

@@ -141,6 +141,6 @@ def calibrate(truths: Tensor, draws: Tensor, names: Sequence[str] | None = None,
     truth = truths.unsqueeze(1)
     below, ties = (draws < truth).sum(1), (draws == truth).sum(1)
     generator = torch.Generator().manual_seed(seed)
-    u = torch.rand(ties.shape, generator=generator, dtype=torch.float64)
+    _, u = torch.rand(2, *ties.shape, generator=generator, dtype=torch.float64)  # the first are those of uniformity
     ranks = below.cpu() + (u * (ties.cpu() + 1)).floor().long()
     return Calibration(ranks, draws.shape[1], names)

@@ -20,6 +20,7 @@ from undrift.report.tones import Tones
 __all__ = ["write_inverse_report"]
 
 _SHOWN = 6  # draws
+_COMPONENTS = 4  # of a curve
 _DATA = 400  # numbers in a figure of data
 
 
@@ -97,26 +98,36 @@ def bands(draws: Tensor) -> Tensor:
 
 
 def curve_figure(record: PosteriorRecord) -> Figure:
-    """Functions of one variable: intervals, mean, draws, truth, and data that are values."""
-    figure, axes = new_figure(7.6, 3.5)
-    ax, n = axes[0, 0], record.mean.shape[-1]
+    """Functions of one variable: intervals, mean, draws, truth, and data that are values; a panel a component."""
+    n = record.mean.shape[-1]
+    count = min(_COMPONENTS, record.mean.numel() // n)
+    figure, axes = new_figure(7.6, 3.5 if count == 1 else 2.6 * count, count, 1)
+    for k in range(count):
+        _curve(axes[k, 0], record, k)
+        axes[k, 0].set_ylabel("value" if count == 1 else f"component {k + 1}", fontsize=8)
+    axes[-1, 0].set_xlabel("place", fontsize=8)
+    axes[0, 0].legend(fontsize=7, frameon=False, ncols=2)
+    return figure
+
+
+def _curve(ax: Axes, record: PosteriorRecord, k: int) -> None:
+    """The k-th component."""
+    n = record.mean.shape[-1]
     x = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    ends = bands(record.draws.reshape(len(record.draws), n))
+    draws = record.draws.reshape(len(record.draws), -1, n)[:, k]
+    ends = bands(draws)
     for i, alpha in enumerate((0.16, 0.28)):
         ax.fill_between(x, ends[i], ends[-1 - i], color=PALETTE[0], alpha=alpha, linewidth=0, label=_interval(i))
-    for draw in record.draws[:_SHOWN].reshape(-1, n):
+    for draw in draws[:_SHOWN]:
         ax.plot(x, draw, color=PALETTE[0], linewidth=0.5, alpha=0.6)
-    ax.plot(x, record.mean.flatten(), color=PALETTE[0], linewidth=1.6, label="mean")
+    ax.plot(x, record.mean.reshape(-1, n)[k], color=PALETTE[0], linewidth=1.6, label="mean")
     if record.truth is not None:
-        ax.plot(x, record.truth.flatten(), color=PALETTE[1], linewidth=1.4, linestyle="--", label="truth")
+        ax.plot(x, record.truth.reshape(-1, n)[k], color=PALETTE[1], linewidth=1.4, linestyle="--", label="truth")
     if record.about.get("direct") and record.sites is not None and record.y is not None:
-        ax.plot(record.sites[:, 0], record.y.flatten(), "x", color=PALETTE[6], markersize=5, label="data")
+        seen = record.y.reshape(-1, len(record.sites))[k]
+        ax.plot(record.sites[:, 0], seen, "x", color=PALETTE[6], markersize=5, label="data")
     elif record.sites is not None:
         ax.plot(record.sites[:, 0], torch.full((len(record.sites),), ax.get_ylim()[0]), "|", color=PALETTE[6])
-    ax.set_xlabel("place", fontsize=8)
-    ax.set_ylabel("value", fontsize=8)
-    ax.legend(fontsize=7, frameon=False, ncols=2)
-    return figure
 
 
 def _interval(i: int) -> str:
