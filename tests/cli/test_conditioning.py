@@ -40,6 +40,8 @@ def folder(tmp_path_factory):
     """Checkpoints: vectors, images with classes (weights at random), a classifier, functions."""
     place = tmp_path_factory.mktemp("models")
     save(place / "vectors.safetensors", NetworkDenoiser(MLP(2, 8, 1), 1.0), {"event": [2], "low": -3, "high": 3})
+    three = NetworkDenoiser(MLP(2, 8, 1, condition_features=3), 1.0)
+    save(place / "told_three.safetensors", three, {"event": [2]})
     torch.manual_seed(0)
     network = UNet(1, 4, width=8, multipliers=(1, 1), attention=False, classes=3)
     classifier = MLPClassifier(16, 3, 8, 1)
@@ -84,6 +86,7 @@ WRONG = {
     "--particles 8 --mask left --simulate 3": "particles: belong to --method twisted",
     "--potential dps --mask left --simulate 3": "potential: is what twisted sampling",
     "--mask left --simulate 3 --method replace --guidance 2": "guidance: is the strength of a potential's gradient",
+    "--mask left --simulate 3 --guidance 2": "guidance: is the strength of a potential's gradient, and known has none",
 }
 
 
@@ -98,8 +101,10 @@ def test_wrong_combinations_are_said_before_the_run_is_looked_for(flags, capsys)
 def test_what_does_not_fit_the_model_is_said_and_nothing_is_written(folder, tmp_path, capsys):
     vectors, images = folder / "vectors.safetensors", folder / "images.safetensors"
     np.savez(tmp_path / "y.npz", y=np.zeros(3, np.float32))
+    np.savez(tmp_path / "one.npz", y=np.zeros(1, np.float32))
     observe = ["--observe", "{type: Matrix, matrix: [[1.0, 0.0]]}", *NOISE]
     ode = ["--sampler", "Exponential", "--sampler.order", 1]
+    whole = ["--observe", "Identity", *NOISE, "--truth", folder / "truth.npz"]
     for flags, said in (
         ([vectors, "--y", 1], "y: the network of"),
         ([vectors, *observe, "--data", tmp_path / "y.npz"], "data: has shape (3,), Matrix sees (1,)"),
@@ -110,6 +115,14 @@ def test_what_does_not_fit_the_model_is_said_and_nothing_is_written(folder, tmp_
         ([vectors, "--mask", "left", "--truth", folder / "truth.npz"], "truth: "),
         ([images, "--classifier", images, "--label", 1], "classifier: "),
         ([folder / "classifier.safetensors"], "run: "),
+        (
+            [images, "--classifier", folder / "classifier.safetensors", "--label", 1, "--guidance", 2, *whole],
+            "guidance: would be the strength of both the classifier and the observation, which guides by moments",
+        ),
+        (
+            [folder / "told_three.safetensors", *observe, "--data", tmp_path / "one.npz"],
+            "data: MLP: observed must have the shape",
+        ),
         ([images, "--classifier", folder / "classifier.safetensors", "--label", 7], "label: "),
         (
             [images, "--observe", "PhaseRetrieval", *NOISE, "--truth", folder / "truth.npz", "--method", "pigdm"],
@@ -139,6 +152,13 @@ def test_known_values_are_in_their_place(folder, tmp_path, method, process):
     about = json.loads((out / "posterior.json").read_text())
     assert about["errors"]["places"] == 8
     assert "The known part" in (out / "report.html").read_text()
+
+
+def test_a_process_of_low_noise_is_guided_too(folder, tmp_path):
+    low = ["--process", "VE", "--process.clock", "{type: GeometricClock, sigma_min: 0.01, sigma_max: 0.9}"]
+    data = ["--truth", folder / "truth.npz", "--mask", "left", "--method", "dps", *NOISE, "--n", 1]
+    few = ["--sampler", "Ancestral", "--sampler.steps", 2, "--out", tmp_path / "o"]
+    assert run("sample", folder / "images.safetensors", *data, *low, *few) == 0
 
 
 def test_guidance_at_its_neutral_settings_is_none(folder, tmp_path):

@@ -196,6 +196,11 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
             f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and --method {method} needs a "
             "denoiser; train one, or take --method replace, dps, pigdm, moments or linearised."
         )
+    if run.guidance is not None and run.classifier is not None and method not in (None, "amortised", *OF_PARTS):
+        raise ConfigError(
+            f"guidance: would be the strength of both the classifier and the observation, which guides by {method}; "
+            "leave it out, for 1."
+        )
     model: Diffusion | NoiseDiffusion | GuidedNoise = diffusion
     if free:
         _check_dropped(checkpoint, str(to))
@@ -302,7 +307,9 @@ def _told(
     notes |= {"observe": _described(operator), "noise": _described(noise), "data": run.data}
     found = Conditioned(diffusion, method, _and(words), given, None, observation, None, known, values, truth, notes)
     if method == "amortised":
-        return _replace(found, given={**given, "observed": observation.y})
+        given = {**given, "observed": observation.y}
+        _try(diffusion, event, "data", given)
+        return _replace(found, given=given)
     twisting: Any = method if method != "twisted" else run.potential or _twisting(observation)
     potential: Any = potential_of(twisting, observation, checkpoint.data_std**2)
     try_potential(potential, diffusion, event, "potential" if method == "twisted" else "method", given)
@@ -404,10 +411,18 @@ def try_potential(
     place: str,
     given: Mapping[str, Tensor],
 ) -> None:
-    """One call, so that shapes are said to be wrong before any work."""
-    process = diffusion.process
+    """One guided call, so that shapes are said to be wrong before any work."""
+    _try(guide(diffusion, potential), event, place, given)
+
+
+def _try(
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise, event: tuple[int, ...], place: str, given: Mapping[str, Tensor]
+) -> None:
+    """One call half way, which every process reaches at a finite level."""
     condition = {k: v.unsqueeze(0) for k, v in given.items()}
+    z, t = torch.zeros(1, diffusion.process.channels, *event), 0.5 * diffusion.process.horizon
     try:
-        guide(diffusion, potential).predict(torch.zeros(1, process.channels, *event), process.time(1.0), **condition)
+        with torch.no_grad():
+            diffusion.predict(z, t, **condition)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{place}: {error}") from error

@@ -40,12 +40,15 @@ def check(run: SampleRun) -> None:
             "guidance: nothing guides; give --y, --classifier or --observe, or --data to a network that is told them.",
         ),
         (
-            run.guidance is not None and run.classifier is not None and noisy,
+            run.guidance is not None and run.classifier is not None and noisy and run.method != "amortised",
             "guidance: would be the strength of both the classifier and the observation; leave it out, for 1.",
         ),
         (
-            run.guidance is not None and told and run.classifier is None and run.y is None and run.method in OF_PARTS,
-            f"guidance: is the strength of a potential's gradient, and {run.method} has none.",
+            run.guidance is not None
+            and run.classifier is None
+            and run.y is None
+            and (run.method in OF_PARTS or (part and run.method is None)),
+            f"guidance: is the strength of a potential's gradient, and {run.method or 'known'} has none.",
         ),
         (
             run.guidance is not None and not math.isfinite(run.guidance),
