@@ -21,12 +21,13 @@ from undrift.inverse import (
     stiffness,
 )
 from undrift.inverse.langevin import advance
-from undrift.inverse.posterior import pull_back
+from undrift.inverse.posterior import pull_back, whiten
 from undrift.inverse.step import extremes
 from undrift.networks import SpectralNet
 from undrift.observe import (
     CorrelatedNoise,
     Darcy1d,
+    Darcy2d,
     GaussianNoise,
     Identity,
     LaplaceNoise,
@@ -259,6 +260,33 @@ def test_a_preconditioner_that_has_not_converged_is_one_covariance_nevertheless(
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(6).double(), rtol=0, atol=1e-12)
     full = PosteriorInformed.at(Posterior(FieldMixture(s), seen), x, None, hessian, sweeps=0)
     assert len(full.values) == 64
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_data_that_inform_nothing_leave_the_prior_s_covariance(coordinates):
+    s = space(coordinates)
+    seen = Observation(Darcy1d((1.0,)), GaussianNoise(0.1), torch.ones(1, dtype=torch.float64))  # p(1) = 1 whatever u
+    posterior = Posterior(FieldMixture(s), seen)
+    x = FieldMixture(s).sample(3, (16,), torch.Generator().manual_seed(0))
+    informed, prior = PosteriorInformed.at(posterior, x[:1]), PriorCovariance(s)
+    assert informed.values.shape == (0,)
+    for name in ("of_score", "of_slope", "root", "energy", "noise"):
+        torch.testing.assert_close(getattr(informed, name)(x), getattr(prior, name)(x), rtol=0, atol=0)
+    assert float(s.norm2(find_mode(posterior, x[:1]), 1.0)) < 1e-20
+
+
+def test_the_mode_is_found_past_steps_that_no_operator_takes():
+    """From 0 the first full step of Gauss and Newton goes to fields of e^-17000, which Darcy2d refuses."""
+    s = FunctionSpace(Cosine(2), Matern(2.0, 4.0, 25.0))
+    truth = FieldMixture(s).sample(1, (12, 10), torch.Generator().manual_seed(1))
+    wells = Darcy2d(tuple((i / 5, j / 5) for i in range(1, 5) for j in range(1, 5)))
+    seen = Observation.simulate(wells, GaussianNoise(1e-3), truth, torch.Generator().manual_seed(1))
+    posterior = Posterior(FieldMixture(s), seen)
+    mode = find_mode(posterior, torch.zeros(1, 12, 10, dtype=torch.float64), iterations=60)
+    slope = whiten(s, s.covariance(s.gradient(posterior.with_slope(mode)[1])) - mode)
+    start = whiten(s, s.covariance(s.gradient(posterior.with_slope(torch.zeros_like(mode))[1])))
+    assert float(slope.norm()) < 1e-3 * float(start.norm())
+    assert float(posterior.log_likelihood(mode)) > float(posterior.log_likelihood(truth)) - 8.0
 
 
 def test_a_denoiser_on_a_clock_of_modes_is_no_prior_at_one_time():

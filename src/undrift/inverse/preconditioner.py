@@ -182,7 +182,7 @@ def find_mode(posterior: Posterior, x: Tensor, iterations: int = 20, tolerance: 
     r"""Where :math:`\ell(x) - \frac12 \|C^{-1/2} x\|^2` is largest, by damped Gauss-Newton steps; (1, *event).
 
     That is the mode of the posterior for the prior N(0, C), and a place to linearise at for others. One step solves a
-    linear problem exactly.
+    linear problem exactly. A step that gains nothing, or leads to where the operator refuses to work, is halved.
 
     Args:
         posterior: whose likelihood is an observation.
@@ -201,8 +201,11 @@ def find_mode(posterior: Posterior, x: Tensor, iterations: int = 20, tolerance: 
         informed = PosteriorInformed.at(posterior, x, smallest=0.0)
         step = informed.of_score(-x) + informed.of_slope(posterior.with_slope(x)[1])
         length, best = 1.0, now
-        while length > 1e-4:
-            best = value(x + length * step)
+        while length > 1e-6:
+            try:
+                best = value(x + length * step)
+            except (ValueError, FloatingPointError):
+                best = -math.inf
             if math.isfinite(best) and best > now:
                 break
             length /= 2

@@ -78,8 +78,13 @@ def _factorise(t1: np.ndarray, t2: np.ndarray) -> Any:
         matrix = scipy.sparse.diags([down, centre.ravel(), down], [-1, 0, 1], format="csc")
     else:
         matrix = scipy.sparse.diags([down, right, centre.ravel(), right, down], [-n2, -1, 0, 1, n2], format="csc")
-    # Positive definite: no pivoting, and an ordering for symmetric patterns.
-    return splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    try:  # Positive definite: no pivoting, and an ordering for symmetric patterns.
+        return splu(matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    except RuntimeError as error:
+        raise ValueError(
+            f"Darcy2d: transmissibilities from {min(t1.min(), t2.min()):.3g} to {max(t1.max(), t2.max()):.3g} are too "
+            "far apart to be solved with in float64; take smaller steps, or a prior of smaller variance."
+        ) from error
 
 
 class _Solve(torch.autograd.Function):

@@ -22,6 +22,8 @@ from undrift.space.basis import Cosine
 
 __all__ = ["Darcy1d", "Darcy2d"]
 
+_LOST = 1e-3  # share of what is produced that may be missing from what flows out: about the solution's relative error
+
 
 @dataclass(frozen=True, eq=False)
 class Darcy1d(Operator):
@@ -120,7 +122,8 @@ class Darcy2d(Operator):
         """The pressure in all cells, same shape and dtype as u (..., n1, n2), differentiable in u.
 
         Raises:
-            ValueError: if the permeability of a face is 0 or infinite in float64, or u is not a number.
+            ValueError: if the permeability of a face is 0 or infinite in float64, or u is not a number, or contrasts
+                are such that the flow's balance is off by a thousandth.
         """
         grid = u.shape[-2:]
         fields = u.double().reshape(-1, *grid)
@@ -129,12 +132,29 @@ class Darcy2d(Operator):
             bad = ~(torch.isfinite(t) & (t > 0)).flatten(1).all(1)
             if bool(bad.any()):
                 k = int(bad.nonzero()[0])
+                worst = fields[k].detach()
                 raise ValueError(
                     f"Darcy2d: permeabilities must be positive and finite, but field {k} of {len(fields)} has u from "
-                    f"{float(fields[k].min()):.4g} to {float(fields[k].max()):.4g}; take smaller steps, "
+                    f"{float(worst.min()):.4g} to {float(worst.max()):.4g}; take smaller steps, "
                     "or a prior of smaller variance."
                 )
         points = Cosine(2).points(grid)
         f = self.forcing(points) if callable(self.forcing) else torch.full(grid, self.forcing, dtype=torch.float64)
         rates = (f.to(fields) / (grid[0] * grid[1])).expand(fields.shape)
-        return _elliptic.solve(t1, t2, rates).to(u.dtype).reshape(u.shape)
+        p = _elliptic.solve(t1, t2, rates)
+        self._check_balance(fields.detach(), t1.detach(), t2.detach(), p.detach(), rates)
+        return p.to(u.dtype).reshape(u.shape)
+
+    @staticmethod
+    def _check_balance(fields: Tensor, t1: Tensor, t2: Tensor, p: Tensor, rates: Tensor) -> None:
+        """What is produced must flow out; what is walled in by many orders of magnitude gets lost in rounding."""
+        sides = (t1[:, 0] * p[:, 0], t1[:, -1] * p[:, -1], t2[..., 0] * p[..., 0], t2[..., -1] * p[..., -1])
+        lost = (rates.flatten(1).sum(1) - sum(side.sum(1) for side in sides)).abs()
+        bad = ~(lost <= _LOST * rates.abs().flatten(1).sum(1))
+        if bool(bad.any()):
+            k = int(bad.nonzero()[0])
+            raise ValueError(
+                f"Darcy2d: field {k} of {len(fields)}, with u from {float(fields[k].min()):.4g} to "
+                f"{float(fields[k].max()):.4g}, walls cells in so tightly that float64 cannot solve for their "
+                "pressure; take smaller steps, or a prior of smaller variance."
+            )

@@ -81,6 +81,8 @@ class Basis(ABC):
     def analyse(self, u: Tensor) -> Tensor:
         """Coefficients of the functions with values u (..., *grid); same shape and dtype."""
         self.grid(u.shape)
+        if not u.numel():  # not every FFT takes an empty batch
+            return u
         for axis in range(-self.dims, 0):
             u = self._forward(u.movedim(axis, -1)).movedim(-1, axis)
         return u
@@ -88,6 +90,8 @@ class Basis(ABC):
     def synthesise(self, c: Tensor) -> Tensor:
         """Values of the functions with coefficients c (..., *grid); same shape and dtype."""
         self.grid(c.shape)
+        if not c.numel():
+            return c
         for axis in range(-self.dims, 0):
             c = self._inverse(c.movedim(axis, -1)).movedim(-1, axis)
         return c
