@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from undrift._journal import Journal
 from undrift.cli import main
 from undrift.density import DIS, TrainedSampler
 from undrift.density.archive import load_draws
 from undrift.density.controlled import ControlledDiffusion, Informed, Training
-from undrift.density.journal import Journal
 from undrift.density.targets import Funnel, Gaussian
 
 TINY = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from undrift._journal import Entry
 from undrift.density.frame import Frame, FramedDensity, fit_frame
 from undrift.density.level import LevelDensity
 from undrift.density.move import Size, State
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from undrift.density.anneal import Annealing
 
 __all__ = ["Engine", "Result", "Setting", "largest_relative_step", "unpack_frozen"]
-
-Entry = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from undrift._journal import Journal
 from undrift.density.affine import AffineTarget
 from undrift.density.coordinates import Coordinates
-from undrift.density.journal import Journal, fingerprint
+from undrift.density.journal import APART, fingerprint
 from undrift.density.target import Evaluations, Target
 
 __all__ = ["Session"]
@@ -63,7 +64,7 @@ class Session:
         if self.checkpoint is None:
             return Journal(None)
         settings = {"n": self.n, "seed": self.seed, "repeats": self.repeats, "dtype": self.dtype}
-        return Journal(self.checkpoint, fingerprint(self.target, method=self.method, **settings))
+        return Journal(self.checkpoint, fingerprint(self.target, method=self.method, **settings), apart=APART)
 
     @cached_property
     def resumed(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from undrift._journal import Journal
 from undrift.density import CMCD, DDS, DIS, PIS, Affine, Bridge, Controlled, Draws, Target
 from undrift.density.controlled.control import Control, Field, Informed, Plain, Potential, View
 from undrift.density.controlled.diffusion import ControlledDiffusion, Scheme
@@ -30,7 +31,6 @@ from undrift.density.controlled.objective import (
 from undrift.density.controlled.stages import Stages
 from undrift.density.controlled.train import Training, train
 from undrift.density.controlled.trust_region import TrustRegion
-from undrift.density.journal import Journal
 from undrift.density.move import MALA
 from undrift.density.schedule import Resampling
 from undrift.density.targets import Gaussian, Mixture9, TwoModes
