@@ -26,12 +26,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from undrift.inverse.chains import Chains
+from undrift._journal import Entry, Journal, digest
+from undrift.inverse.chains import APART, Chains, marks, packed, unpacked
 from undrift.inverse.gaussian import Scheme
 from undrift.inverse.posterior import Posterior
 from undrift.inverse.preconditioner import Preconditioner, PriorCovariance
@@ -126,6 +129,7 @@ def langevin(
     thin: int = 1,
     trust: float = TRUSTED,
     checks: int = 4,
+    checkpoint: str | Path | Journal | None = None,
     progress: bool = False,
 ) -> Chains:
     """Unadjusted Langevin chains towards the posterior.
@@ -143,15 +147,18 @@ def langevin(
         thin: steps between kept states.
         trust: largest gamma b_max (Euler: gamma h_max), at the median state, that is accepted; inf for anything.
         checks: how often the curvature is measured: before the first step, at the end, and between; 0 never.
+        checkpoint: file to keep the run's state in, so that an interrupted run goes on where it was; removed when the
+            run is complete.
         progress: show a bar.
 
     Returns:
-        Chains; if interrupted from the keyboard, those of the states it had.
+        Chains; if interrupted from the keyboard without a checkpoint, those of the states it had.
 
     Raises:
-        ValueError: for unusable arguments.
+        ValueError: for unusable arguments, or a checkpoint of another run.
         StepTooLarge: where the curvature at the chains' states forbids the step.
         FloatingPointError: if states are not finite.
+        KeyboardInterrupt: if interrupted with a checkpoint, which then holds what there was.
     """
     annealing = Annealing() if annealing is None else annealing
     k_matrix = PriorCovariance(posterior.space) if preconditioner is None else preconditioner
@@ -168,8 +175,10 @@ def langevin(
     if not trust > 0:
         raise ValueError(f"langevin: trust must be positive, got {trust}.")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(start.device).manual_seed(seed)
-    x = start.detach().clone()
+    x, first, pending = start.detach().clone(), 0, False
     reports: list[StepReport] = []
+    kept: list[Tensor] = []
+    likelihoods: list[Tensor] = []
     due = {round(i * (steps - 1) / max(1, checks - 1)) for i in range(checks)}
 
     def look(k: int) -> None:
@@ -179,12 +188,41 @@ def langevin(
         if report.product > trust:
             raise StepTooLarge(report, trust)
 
-    kept: list[Tensor] = []
-    likelihoods: list[Tensor] = []
-    pending = False
+    def identity() -> str:
+        probed = marks(posterior, start)
+        settings = {
+            "method": "langevin",
+            "lengths": [steps, warmup, thin, checks],
+            "step": [step, scheme, trust],
+            "annealing": annealing,
+            "moves": k_matrix.noise(probed["probe"]),
+            "seed": generator.get_state(),
+        }
+        return digest(**probed, **settings)
+
+    def snapshot(k: int) -> Entry:
+        here, mark, waits = x, generator.get_state(), pending
+        known, values, said = len(kept), len(likelihoods), len(reports)
+
+        def entry() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            rows = [(r.stiffness, r.largest, r.iteration) for r in reports[:said]]
+            tensors = {"x": here, "generator": mark, **packed(kept[:known], likelihoods[:values])}
+            return tensors | {"reports": torch.tensor(rows, dtype=torch.float64)}, {"k": k, "pending": waits}
+
+        return entry
+
+    journal = Journal.of(checkpoint, identity, APART)
+    found = journal.read()
+    if found is not None:
+        tensors, plain = found
+        generator.set_state(tensors["generator"])
+        x, first, pending = tensors["x"].to(x.device), plain["k"], plain["pending"]
+        kept, likelihoods = unpacked(tensors, x.device)
+        reports += [StepReport(step, scheme, b, most, int(k)) for b, most, k in tensors["reports"].tolist()]
+    safe: Entry | None = None
     complete = True
     try:
-        for k in tqdm(range(steps), disable=not progress, desc="Langevin"):
+        for k in tqdm(range(first, steps), disable=not progress, desc="Langevin", initial=first, total=steps):
             if k in due:
                 _require_finite(x, k)
                 look(k)
@@ -197,14 +235,23 @@ def langevin(
             pending = k >= warmup and (k - warmup + 1) % thin == 0
             if pending:
                 kept.append(x.clone())
-    except KeyboardInterrupt:
-        if not kept:
+            if journal.active:
+                safe = snapshot(k + 1)
+                journal.write(safe)
+        journal.write(safe, force=True)
+    except StepTooLarge:
+        journal.discard()
+        raise
+    except BaseException as error:
+        journal.write(safe, force=True)
+        if journal.active or not kept or not isinstance(error, KeyboardInterrupt):
             raise
         complete = False
     _require_finite(x, steps)
     if len(likelihoods) < len(kept):
         with torch.no_grad():
             likelihoods.append(posterior.log_likelihood(kept[-1]))
+    journal.close()
     return Chains(
         torch.stack(kept, 1),
         torch.stack(likelihoods, 1),

@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from undrift.inverse.chains import Chains
+from undrift._journal import Entry, Journal, digest
+from undrift.inverse.chains import APART, Chains, marks, packed, unpacked
 from undrift.inverse.posterior import Posterior, dot, pull_back, push_forward_inverse, whiten
 from undrift.inverse.preconditioner import Preconditioner, PriorCovariance
 from undrift.space import FunctionSpace
@@ -168,6 +170,7 @@ def pcn(
     warmup: int = 0,
     target: float | None = None,
     thin: int = 1,
+    checkpoint: str | Path | Journal | None = None,
     progress: bool = False,
 ) -> Chains:
     """Metropolised chains that leave the posterior invariant, for priors whose density ratio is known.
@@ -184,13 +187,17 @@ def pcn(
         warmup: moves that are thrown away.
         target: share of accepted moves that beta is steered to, during warm-up only; None leaves beta as it is.
         thin: moves between kept states.
+        checkpoint: file to keep the run's state in, so that an interrupted run goes on where it was; removed when the
+            run is complete.
         progress: show a bar.
 
     Returns:
-        Chains; if interrupted from the keyboard, those of the states it had.
+        Chains; if interrupted from the keyboard without a checkpoint, those of the states it had.
 
     Raises:
-        ValueError: for unusable arguments, a prior without a ratio, or a start of no density.
+        ValueError: for unusable arguments, a prior without a ratio, a start of no density, or a checkpoint of another
+            run.
+        KeyboardInterrupt: if interrupted with a checkpoint, which then holds what there was.
     """
     if not (beta > 0 and (beta <= 1 or proposal in ("random-walk", "white-walk")) and math.isfinite(beta)):
         raise ValueError(f"pcn: beta must lie in (0, 1], got {beta}.")
@@ -205,32 +212,75 @@ def pcn(
         )
     kernel = Kernel(posterior, proposal, reference, centre)
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(start.device).manual_seed(seed)
-    point = kernel.at(start.detach().clone())
-    bad = int((~torch.isfinite(point.log_density)).sum())
-    if bad:
-        raise ValueError(f"pcn: {bad} of {len(start)} starts have no finite density.")
-    kept, likelihoods = [], []
-    accepted = torch.zeros(len(start), dtype=torch.float64, device=start.device)
-    k = 0
+    kept: list[Tensor] = []
+    likelihoods: list[Tensor] = []
+    asked = beta
+
+    def identity() -> str:
+        probed = marks(posterior, start)
+        settings = {
+            "method": proposal,
+            "lengths": [steps, warmup, thin],
+            "beta": [asked, target],
+            "ratio": kernel.ratio(probed["probe"]),
+            "moves": kernel.reference.noise(probed["probe"]),
+            "centre": centre,
+            "seed": generator.get_state(),
+        }
+        return digest(**probed, **settings)
+
+    def snapshot(k: int) -> Entry:
+        here, mark, size, moves, known = point, generator.get_state(), beta, accepted, len(kept)
+
+        def entry() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            now = {f"point.{name}": v for name, v in here._asdict().items() if v is not None}
+            tensors = {**now, "generator": mark, "accepted": moves, **packed(kept[:known], likelihoods[:known])}
+            return tensors, {"k": k, "beta": size}
+
+        return entry
+
+    journal = Journal.of(checkpoint, identity, APART)
+    found = journal.read()
+    if found is None:
+        first, point = 0, kernel.at(start.detach().clone())
+        bad = int((~torch.isfinite(point.log_density)).sum())
+        if bad:
+            raise ValueError(f"pcn: {bad} of {len(start)} starts have no finite density.")
+        accepted = torch.zeros(len(start), dtype=torch.float64, device=start.device)
+    else:
+        tensors, plain = found
+        generator.set_state(tensors["generator"])
+        first, beta, accepted = plain["k"], plain["beta"], tensors["accepted"].to(start.device)
+        parts = {name: tensors.get(f"point.{name}") for name in _Point._fields}
+        point = _Point(**{name: None if v is None else v.to(start.device) for name, v in parts.items()})  # type: ignore[arg-type]
+        kept, likelihoods = unpacked(tensors, start.device)
+    safe: Entry | None = None
+    k = first - 1
     try:
-        for k in tqdm(range(steps), disable=not progress, desc=proposal):
+        for k in tqdm(range(first, steps), disable=not progress, desc=proposal, initial=first, total=steps):
             point, moved = kernel.move(point, beta, generator)
             if k < warmup:
                 if target is not None:
                     gain = (float(moved.double().mean()) - target) / math.sqrt(k + 1)
                     beta = beta * math.exp(gain)
                     beta = min(beta, 0.999) if proposal in ("pcn", "pcnl") else beta
-                continue
-            accepted += moved
-            if (k - warmup + 1) % thin == 0:
-                kept.append(point.x.clone())
-                likelihoods.append(point.log_likelihood)
+            else:
+                accepted = accepted + moved
+                if (k - warmup + 1) % thin == 0:
+                    kept.append(point.x.clone())
+                    likelihoods.append(point.log_likelihood)
+            if journal.active:
+                safe = snapshot(k + 1)
+                journal.write(safe)
+        journal.write(safe, force=True)
         complete = True
-    except KeyboardInterrupt:
-        if not kept:
+    except BaseException as error:
+        journal.write(safe, force=True)
+        if journal.active or not kept or not isinstance(error, KeyboardInterrupt):
             raise
         complete = False
     made = max(1, k + 1 - warmup)
+    journal.close()
     return Chains(
         torch.stack(kept, 1),
         torch.stack(likelihoods, 1),

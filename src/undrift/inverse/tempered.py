@@ -21,13 +21,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from undrift._journal import Entry, Journal, digest
 from undrift._weights import effective_sample_size, log_mean_exp
 from undrift.density.schedule import AdaptiveLevels, Levels, Resampling, conditional_ess
+from undrift.inverse.chains import APART, marks
 from undrift.inverse.langevin import TRUSTED, advance
 from undrift.inverse.pcn import Kernel
 from undrift.inverse.posterior import Posterior
@@ -95,6 +99,7 @@ def tempered(
     runs: int = 1,
     levels: Levels | None = None,
     resampling: Resampling | None = None,
+    checkpoint: str | Path | Journal | None = None,
     progress: bool = False,
 ) -> Particles:
     """Draw from a posterior by tempering its likelihood.
@@ -109,13 +114,15 @@ def tempered(
         runs: independent groups of particles; the spread of their evidence is its standard error.
         levels: how far a level may rise; conditional ESS of .9, in the run where it is least, if None.
         resampling: when; systematic, below half of the particles, if None.
+        checkpoint: file to keep the run's state in between levels, so that an interrupted run goes on with the level it
+            was at; removed when the run is complete.
         progress: show a bar.
 
     Returns:
         Weighted particles; ``calls`` counts levels.
 
     Raises:
-        ValueError: for unusable arguments.
+        ValueError: for unusable arguments, or a checkpoint of another run.
         StepTooLarge: if Langevin moves are too long for the posterior.
         FloatingPointError: if all likelihoods of a run are 0.
     """
@@ -138,63 +145,127 @@ def tempered(
     resampling = Resampling() if resampling is None else resampling
     m = len(draws) // runs
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator(draws.device).manual_seed(seed)
-    x = draws.detach().clone()
-    likelihood = posterior.log_likelihood(x)
-    log_w = torch.zeros(runs, m, dtype=torch.float64, device=x.device)
-    log_z = torch.zeros(runs, dtype=torch.float64, device=x.device)
-    lineage = torch.arange(m, device=x.device).expand(runs, m).clone()
-    ess_path, resampled = [effective_sample_size(log_w)], []
-    phi, k = 0.0, 0
-    beta = moves.beta if isinstance(moves, PCNMoves) else math.nan
-    with tqdm(total=1.0, disable=not progress, desc="tempering", bar_format="{l_bar}{bar}| {n:.4f}") as bar:
-        while phi < 1:
-            gain = torch.nan_to_num(likelihood, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
-            here = phi
 
-            def cess(v: float, gain: Tensor = gain, here: float = here, log_w: Tensor = log_w) -> float:
-                return min(
-                    conditional_ess(w, (v - here) * g) for w, g in zip(log_w, gain.reshape(runs, m), strict=True)
-                )
+    def identity() -> str:
+        settings = {"method": "tempered", "runs": runs, "levels": levels, "resampling": resampling, "moves": moves}
+        return digest(**marks(posterior, draws), **settings, seed=generator.get_state())
 
-            following = levels.following(k, phi, cess)
-            log_w = log_w + (following - phi) * gain.reshape(runs, m)
-            lost = ~torch.isfinite(log_w.logsumexp(-1))
-            if bool(lost.any()):
-                raise FloatingPointError(
-                    f"tempered: the likelihood is 0, or not a number, at all {m} particles of {int(lost.sum())} runs; "
-                    "the data are impossible under these draws."
-                )
-            bar.update(following - phi)
-            phi, k = following, k + 1
-            due = resampling.due(log_w) if phi < 1 else torch.zeros(runs, dtype=torch.bool, device=x.device)
-            resampled.append(due)
-            if bool(due.any()):
-                log_z = log_z + torch.where(due, log_mean_exp(log_w), 0.0)
-                index = torch.where(
-                    due.unsqueeze(1), resampling.ancestors(log_w, generator), torch.arange(m, device=x.device)
-                )
-                lineage = lineage.gather(1, index)
-                flat = (index + m * torch.arange(runs, device=x.device).unsqueeze(1)).flatten()
-                x = x[flat]
-                log_w = torch.where(due.unsqueeze(1), 0.0, log_w)
-            if isinstance(moves, PCNMoves):
-                x, likelihood, beta = _metropolised(posterior, x, phi, beta, moves, generator)
-            else:
-                x, likelihood = _unadjusted(posterior, x, phi, moves, generator, k)
-            ess_path.append(effective_sample_size(log_w))
-    log_z = log_z + log_mean_exp(log_w)
+    def snapshot(now: _State) -> Entry:
+        mark = generator.get_state()
+        fields = now._asdict().items()
+        tensors = {name: value for name, value in fields if isinstance(value, Tensor)}
+        plain = {name: value for name, value in fields if not isinstance(value, Tensor)}
+        return lambda: (tensors | {"generator": mark}, plain)
+
+    journal = Journal.of(checkpoint, identity, APART)
+    found = journal.read()
+    if found is None:
+        log_w = torch.zeros(runs, m, dtype=torch.float64, device=draws.device)
+        state = _State(
+            draws.detach().clone(),
+            posterior.log_likelihood(draws),
+            log_w,
+            log_w[:, 0].clone(),
+            torch.arange(m, device=draws.device).expand(runs, m).clone(),
+            effective_sample_size(log_w).unsqueeze(0),
+            torch.zeros(0, runs, dtype=torch.bool, device=draws.device),
+            0.0,
+            0,
+            moves.beta if isinstance(moves, PCNMoves) else None,
+        )
+    else:
+        tensors, plain = found
+        generator.set_state(tensors.pop("generator"))
+        parts: dict[str, Any] = {name: value.to(draws.device) for name, value in tensors.items()}
+        state = _State(**parts, **plain)
+    safe: Entry | None = None
+    try:
+        with tqdm(total=1.0, initial=state.phi, disable=not progress, desc="tempering", bar_format=_BAR) as bar:
+            while state.phi < 1:
+                state = _risen(state, posterior, moves, levels, resampling, generator)
+                bar.update(state.phi - bar.n)
+                if journal.active:
+                    safe = snapshot(state)
+                    journal.write(safe)
+        journal.write(safe, force=True)
+    except StepTooLarge:
+        journal.discard()
+        raise
+    except BaseException:
+        journal.write(safe, force=True)
+        raise
+    journal.close()
+    log_w, log_z = state.log_w, state.log_z + log_mean_exp(state.log_w)
     # runs count by their evidence: together they are one larger run
     share = log_w - log_w.logsumexp(-1, keepdim=True) + (log_z - log_z.logsumexp(0)).unsqueeze(1)
-    resampled.append(torch.zeros(runs, dtype=torch.bool, device=x.device))
     return Particles(
-        x,
+        state.x,
         share.flatten() - share.flatten().logsumexp(0),
         log_z,
-        torch.stack(ess_path),
-        torch.stack(resampled),
-        lineage,
-        k,
+        state.ess_path,
+        torch.cat([state.resampled, torch.zeros_like(state.resampled[:1])]),
+        state.lineage,
+        state.k,
     )
+
+
+_BAR = "{l_bar}{bar}| {n:.4f}"
+
+
+class _State(NamedTuple):
+    """Particles at a level, phi, the k-th; paths have a row a level."""
+
+    x: Tensor
+    likelihood: Tensor
+    log_w: Tensor
+    log_z: Tensor
+    lineage: Tensor
+    ess_path: Tensor
+    resampled: Tensor
+    phi: float
+    k: int
+    beta: float | None
+
+
+def _risen(
+    now: _State,
+    posterior: Posterior,
+    moves: PCNMoves | LangevinMoves,
+    levels: Levels,
+    resampling: Resampling,
+    generator: torch.Generator,
+) -> _State:
+    """The state at the next level, after its moves."""
+    runs, m = now.log_w.shape
+    x, log_w, log_z, lineage, beta = now.x, now.log_w, now.log_z, now.lineage, now.beta
+    gain = torch.nan_to_num(now.likelihood, nan=-math.inf, posinf=-math.inf, neginf=-math.inf).reshape(runs, m)
+
+    def cess(v: float) -> float:
+        return min(conditional_ess(w, (v - now.phi) * g) for w, g in zip(now.log_w, gain, strict=True))
+
+    phi = levels.following(now.k, now.phi, cess)
+    log_w = log_w + (phi - now.phi) * gain
+    lost = ~torch.isfinite(log_w.logsumexp(-1))
+    if bool(lost.any()):
+        raise FloatingPointError(
+            f"tempered: the likelihood is 0, or not a number, at all {m} particles of {int(lost.sum())} runs; "
+            "the data are impossible under these draws."
+        )
+    due = resampling.due(log_w) if phi < 1 else torch.zeros(runs, dtype=torch.bool, device=x.device)
+    if bool(due.any()):
+        log_z = log_z + torch.where(due, log_mean_exp(log_w), 0.0)
+        index = torch.where(due.unsqueeze(1), resampling.ancestors(log_w, generator), torch.arange(m, device=x.device))
+        lineage = lineage.gather(1, index)
+        x = x[(index + m * torch.arange(runs, device=x.device).unsqueeze(1)).flatten()]
+        log_w = torch.where(due.unsqueeze(1), 0.0, log_w)
+    if isinstance(moves, PCNMoves):
+        assert beta is not None
+        x, likelihood, beta = _metropolised(posterior, x, phi, beta, moves, generator)
+    else:
+        x, likelihood = _unadjusted(posterior, x, phi, moves, generator, now.k + 1)
+    ess_path = torch.cat([now.ess_path, effective_sample_size(log_w).unsqueeze(0)])
+    resampled = torch.cat([now.resampled, due.unsqueeze(0)])
+    return _State(x, likelihood, log_w, log_z, lineage, ess_path, resampled, phi, now.k + 1, beta)
 
 
 def _metropolised(

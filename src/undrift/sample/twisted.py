@@ -34,12 +34,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from undrift._journal import Entry, Journal, digest
 from undrift._weights import ancestors, effective_sample_size, log_mean_exp
 from undrift.denoise.base import per_sample
 from undrift.denoise.guidance import Guided, Parts, Potential
@@ -77,6 +79,7 @@ def twisted(
     strength: float = 1.0,
     runs: int = 1,
     batch: int | None = None,
+    checkpoint: str | Path | Journal | None = None,
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -101,6 +104,8 @@ def twisted(
         strength: of the guidance that proposes; the posterior does not depend on it. 0 leaves the twisting of weights.
         runs: independent runs, walked together; the spread of their evidence is its standard error.
         batch: particles shown to the model at a time; None for all of all runs.
+        checkpoint: file to keep the run's state in between calls of the model for all particles, so that an interrupted
+            run goes on where it was; removed when the run is complete.
         progress: show a progress bar over model calls.
         dtype, device: of the state; weights are float64.
         condition: passed to potential and model, the same for all particles; a tensor whose first size is runs times
@@ -108,7 +113,7 @@ def twisted(
 
     Raises:
         ValueError: for unusable arguments, a plan that draws no noise, or one whose noise cannot reach what guidance
-            moves, before any work starts.
+            moves, or a checkpoint of another run, before any work starts.
         FloatingPointError: if predictions or weights are not finite, or all weights of a run are 0.
     """
     plan = _plan(diffusion, sampler)
@@ -130,8 +135,15 @@ def twisted(
     walk = _Walk(diffusion, likelihood, potential, strength, plan, min(batch or total, total), condition)
     generator = _generator(seed, place)
     noise = torch.empty(total, plan.process.channels, *shape, dtype=dtype, device=place).normal_(generator=generator)
+
+    def identity() -> str:
+        settings = {"method": "twisted", "runs": runs, "batch": walk.batch, "resample": resample, "strength": strength}
+        table = {name: getattr(plan, name) for name in ("times", "A", "B", "L", "prior")}
+        return digest(**settings, **table, **walk.marks(noise), noise=noise, seed=generator.get_state())
+
+    journal = Journal.of(checkpoint, identity, "diffusion, likelihood, potential, setting or seed")
     with tqdm(total=plan.calls * -(-total // walk.batch), disable=not progress, desc="twisted", unit="call") as bar:
-        return walk.run(noise, runs, resample, generator, bar)
+        return walk.run(noise, runs, resample, generator, bar, journal)
 
 
 def _check(particles: int, shape: Sequence[int], resample: float, runs: int, batch: int | None) -> None:
@@ -229,6 +241,22 @@ class _Walk:
         unguided, move, log_g = (torch.cat(part) for part in zip(*said, strict=True))
         return unguided, move, log_g
 
+    def marks(self, noise: Tensor) -> dict[str, Any]:
+        """Values by which models, guidance and likelihoods are told apart, at two starts; conditions as they are."""
+        total, i = len(noise), self.plan.calls // 2
+        z = mix(self.plan.prior, self.space.colour(noise[:2]))
+        x = mix(self.readings[i, :-1].unsqueeze(0), z).squeeze(1)
+        condition = {
+            k: v[:2] if isinstance(v, Tensor) and v.ndim and len(v) == total else v for k, v in self.condition.items()
+        }
+        sigma = self.readings[i, -1].to(x).expand(len(x))
+        said: dict[str, Any] = {"likelihood": self.log_likelihood(z[:, 0])}
+        if self.guided is None:
+            said["prediction"] = self.denoiser(x, sigma, **condition)
+        else:
+            said |= self.guided.parts(x, sigma, **condition)._asdict()
+        return said | {f"condition.{k}": v for k, v in self.condition.items()}
+
     def step(
         self, i: int, z: Tensor, before: Tensor, past: list[Tensor], moved: list[Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
@@ -260,38 +288,68 @@ class _Walk:
             parts.append(self.space.colour(xi + u))
         return _combine(torch.cat(blocks, -1), parts), ratio
 
-    def run(self, noise: Tensor, runs: int, resample: float, generator: torch.Generator, bar: tqdm) -> Particles:
+    def run(
+        self, noise: Tensor, runs: int, resample: float, generator: torch.Generator, bar: tqdm, journal: Journal
+    ) -> Particles:
         """From unit normals (runs * particles, K, *event) to weighted draws."""
         plan, total = self.plan, len(noise)
         m, place = total // runs, noise.device
-        z = mix(plan.prior, self.space.colour(noise))
-        before = z
+        found = journal.read()
+        first = 0
+        safe: Entry | None = None
         past: list[Tensor] = []
         moved: list[Tensor] = []
-        log_w = torch.zeros(runs, m, dtype=torch.float64, device=place)
-        log_z, value, ratio = log_w[:, 0].clone(), log_w.flatten(), log_w.flatten()
-        lineage = torch.arange(m, device=place).expand(runs, m)
+        ess: list[Tensor] = []
+        resampled: list[Tensor] = []
+        if found is None:
+            z = before = mix(plan.prior, self.space.colour(noise))
+            log_w = torch.zeros(runs, m, dtype=torch.float64, device=place)
+            log_z, value, ratio = log_w[:, 0].clone(), log_w.flatten(), log_w.flatten()
+            lineage = torch.arange(m, device=place).expand(runs, m)
+        else:
+            tensors, plain = found
+            generator.set_state(tensors.pop("generator"))
+            tensors, first = {name: kept.to(place) for name, kept in tensors.items()}, plain["i"]
+            z, before, log_w, log_z = (tensors[name] for name in ("z", "before", "log_w", "log_z"))
+            value, ratio, lineage = tensors["value"], tensors["ratio"], tensors["lineage"]
+            past, moved = list(tensors["past"]), list(tensors["moved"])
+            ess, resampled = list(tensors["ess"]), list(tensors["resampled"])
+            bar.update(first * -(-total // self.batch))
         offset = m * torch.arange(runs, device=place).unsqueeze(-1)
-        ess, resampled = [], []
-        for i in range(plan.calls):
-            unguided, move, g = self.parts(z, i, bar)
-            log_w = _gain(log_w, ratio + g.double() - value, f"call {i} of {plan.calls}")
-            value, dead = g.double(), (log_w == -math.inf).reshape(-1, *[1] * (move.ndim - 1))
-            past = [unguided.unsqueeze(1), *past[: plan.B.shape[1] - 1]]
-            moved = [move.masked_fill(dead, 0.0).unsqueeze(1), *moved[: plan.B.shape[1] - 1]]
-            ess.append(effective_sample_size(log_w))
-            due = ess[-1] < resample * m * (1 - 1e-12)
-            resampled.append(due)
-            if bool(due.any()):
-                source = torch.where(due.unsqueeze(-1), ancestors(log_w, generator), lineage.new_tensor(range(m)))
-                index = (source + offset).flatten()
-                z, before, value = z[index], before[index], value[index]
-                past, moved = [p[index] for p in past], [p[index] for p in moved]
-                lineage = lineage.gather(1, source)
-                log_z = torch.where(due, log_z + log_mean_exp(log_w), log_z)
-                log_w = log_w.masked_fill(due.unsqueeze(-1), 0.0)
-            after, ratio = self.step(i, z, before, past, moved, generator)
-            before, z = z, after
+
+        def snapshot(i: int) -> Entry:
+            now = {"z": z, "before": before, "log_w": log_w, "log_z": log_z, "value": value, "ratio": ratio}
+            now |= {"lineage": lineage, "generator": generator.get_state()}
+            lists = {"past": [*past], "moved": [*moved], "ess": [*ess], "resampled": [*resampled]}
+            return lambda: (now | {name: torch.stack(each) for name, each in lists.items()}, {"i": i})
+
+        try:
+            for i in range(first, plan.calls):
+                unguided, move, g = self.parts(z, i, bar)
+                log_w = _gain(log_w, ratio + g.double() - value, f"call {i} of {plan.calls}")
+                value, dead = g.double(), (log_w == -math.inf).reshape(-1, *[1] * (move.ndim - 1))
+                past = [unguided.unsqueeze(1), *past[: plan.B.shape[1] - 1]]
+                moved = [move.masked_fill(dead, 0.0).unsqueeze(1), *moved[: plan.B.shape[1] - 1]]
+                ess.append(effective_sample_size(log_w))
+                due = ess[-1] < resample * m * (1 - 1e-12)
+                resampled.append(due)
+                if bool(due.any()):
+                    source = torch.where(due.unsqueeze(-1), ancestors(log_w, generator), lineage.new_tensor(range(m)))
+                    index = (source + offset).flatten()
+                    z, before, value = z[index], before[index], value[index]
+                    past, moved = [p[index] for p in past], [p[index] for p in moved]
+                    lineage = lineage.gather(1, source)
+                    log_z = torch.where(due, log_z + log_mean_exp(log_w), log_z)
+                    log_w = log_w.masked_fill(due.unsqueeze(-1), 0.0)
+                after, ratio = self.step(i, z, before, past, moved, generator)
+                before, z = z, after
+                if journal.active:
+                    safe = snapshot(i + 1)
+                    journal.write(safe)
+            journal.write(safe, force=True)
+        except BaseException:
+            journal.write(safe, force=True)
+            raise
         x = z[:, 0]
         last = torch.cat([self.log_likelihood(some) for some in x.split(self.batch)])
         if last.shape != (total,):
@@ -306,6 +364,7 @@ class _Walk:
             )
         ess.append(effective_sample_size(log_w))
         resampled.append(torch.zeros_like(resampled[-1]))
+        journal.close()
         return Particles(
             x=x,
             log_weights=(log_w + log_z.unsqueeze(-1)).flatten().log_softmax(0),
