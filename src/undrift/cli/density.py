@@ -17,7 +17,8 @@ import torch
 
 import undrift.density.targets  # noqa: F401  a family is what is in memory
 from undrift._memory import keep_memory
-from undrift.cli.common import Clock, begin, finish
+from undrift.cli.common import Clock, finish
+from undrift.cli.resuming import begin_or_resume, interruptible
 from undrift.config import ConfigError
 from undrift.density import Affine, Auto, Method, Target, Trained, TrainedSampler
 from undrift.density.archive import save_draws
@@ -94,17 +95,19 @@ class DensityRun:
         clock, out = Clock(), Path(self.out)
         keep_memory()
         target, method, device = self.open_target(), self.in_coordinates(), self.open_device()
-        self._begin(out)
-        draws = method.run(
-            target,
-            self.n,
-            self.seed,
-            repeats=self.repeats,
-            checkpoint=out / _STATE,
-            progress=self.progress,
-            dtype=_DTYPES[self.dtype],
-            device=device,
-        )
+        states = (_STATE, _STATE_AGAIN)
+        begin_or_resume(self, out, _FILES, states, "summary.json")
+        with interruptible(out, states, command):
+            draws = method.run(
+                target,
+                self.n,
+                self.seed,
+                repeats=self.repeats,
+                checkpoint=out / _STATE,
+                progress=self.progress,
+                dtype=_DTYPES[self.dtype],
+                device=device,
+            )
         save_draws(out / "draws.safetensors", draws)
         if isinstance(draws.sampler, TrainedSampler) and not isinstance(method, Trained):
             draws.sampler.save(out / _SAMPLER)
@@ -179,19 +182,6 @@ class DensityRun:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device: {self.device} with {self.dtype} is not at hand: {reason}") from error
         return device
-
-    def _begin(self, out: Path) -> None:
-        states = [name for name in (_STATE, _STATE_AGAIN) if (out / name).exists()]
-        if self.resume:
-            if not states:
-                what = "a complete run" if (out / "summary.json").exists() else "no run to resume"
-                raise ConfigError(f"resume: {out} holds {what} (no {_STATE}).")
-            return
-        if states and not self.overwrite:
-            raise ConfigError(
-                f"out: {out} holds an interrupted run ({_STATE}); --resume goes on with it, --overwrite starts anew."
-            )
-        begin(self, out, (*_FILES, _STATE, _STATE_AGAIN), self.overwrite)
 
 
 # -- a density of the user's own ---------------------------------------------------------------------------------------

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from undrift.cli.common import Clock, begin, check_applies, diffusion_of, finish, open_checkpoint
+from undrift._journal import Journal
+from undrift.cli.arguments import to_yaml
+from undrift.cli.common import Clock, check_applies, diffusion_of, finish, open_checkpoint
 from undrift.cli.conditioning import potential_of, try_potential
 from undrift.cli.given import pick, read_array, read_event, seen
-from undrift.cli.posteriors import by_chains, by_particles, calibration_of, prior_draws, record_of, started
+from undrift.cli.posteriors import by_chains, by_particles, calibration_of, kept_draws, prior_draws, record_of, started
+from undrift.cli.resuming import begin_or_resume, interruptible
 from undrift.cli.rules import Twisting
 from undrift.cli.sample import say
 from undrift.config import ConfigError
@@ -32,7 +35,7 @@ from undrift.inverse import (
 )
 from undrift.observe import CorrelatedNoise, Darcy1d, GaussianNoise, Noise, Observation, Operator
 from undrift.process import VP, LinearProcess
-from undrift.report import text_table, write_report
+from undrift.report import text_table, write_bytes, write_report
 from undrift.report.inverse import quantities_table
 from undrift.sample import Ancestral, TableSampler
 from undrift.space import FunctionSpace, Matern
@@ -40,6 +43,10 @@ from undrift.train import DataSource
 
 __all__ = ["InvertRun"]
 
+_STATE = "state.safetensors"
+_STATE_DRAWS = "state-draws.safetensors"  # of a learned prior, from which tempering begins
+_STATE_CALIBRATION = "state-calibration.safetensors"
+_STATES = (_STATE, _STATE_DRAWS, _STATE_CALIBRATION)
 _FILES = ("posterior.npz", "posterior.json", "report.html")
 _GRIDS = {1: 64, 2: 32, 3: 16}
 _CHAINS = ("pcn", "langevin")
@@ -84,6 +91,7 @@ class InvertRun:
         seed: of everything random.
         draws: how many to keep at most.
         out: folder of the results.
+        resume: go on with the interrupted run in the folder; its settings must be the same.
         overwrite: replace the results in the folder.
         progress: show a bar.
     """
@@ -117,6 +125,7 @@ class InvertRun:
     seed: int = 0
     draws: int = 1000
     out: str = "runs/invert"
+    resume: bool = False
     overwrite: bool = False
     progress: bool = True
 
@@ -163,6 +172,7 @@ class InvertRun:
                 self.step is not None and not 0 < self.step < math.inf,
                 f"step: must be positive and finite, got {self.step}.",
             ),
+            (self.resume and self.overwrite, "resume: give either resume or overwrite, not both."),
             (not self.trust > 0, f"trust: must be positive, got {self.trust}."),
             (
                 method == "langevin" and self.annealing.length(self.steps or 4000) >= (self.steps or 4000),
@@ -186,11 +196,18 @@ class InvertRun:
         if self.method == "twisted":
             potential = potential_of(self.potential, problem.observed, 1.0)
             try_potential(potential, problem.diffusion, problem.event, "potential", {})
-        begin(self, out, _FILES, self.overwrite)
+        begin_or_resume(self, out, _FILES, _STATES, "posterior.json")
+        solving = Journal(out / _STATE, keep=True)
         try:
-            found = self._solve(problem)
-            calibration = calibration_of(self, problem) if self.calibrate else None
+            with interruptible(out, _STATES, command):
+                found = self._solve(problem, solving)
+                ranking = Journal(out / _STATE_CALIBRATION, keep=True)
+                calibration = calibration_of(self, problem, ranking) if self.calibrate else None
+        except FloatingPointError:
+            _forget(out)  # it would fail again
+            raise
         except StepTooLarge as error:
+            _forget(out)  # another step is another run
             place, trust = ("moves.step", "moves.trust") if self.method == "tempered" else ("step", "trust")
             others = ["--informed true"] * (self.method == "langevin" and not self.informed)
             others += ["--method pcn"] * (self.run is None)
@@ -198,8 +215,10 @@ class InvertRun:
                 f"{place}: at iteration {error.report.iteration}, {error.report}. Give --{place} {error.advised:.3g} "
                 f"or less; or {', '.join([*others, f'--{trust} .inf'])} if a biased run will do."
             ) from error
-        record = record_of(self, problem, found, calibration, clock.seconds)
+        record = record_of(self, problem, found, calibration, solving.earlier + ranking.earlier + clock.seconds)
         record.save(out)
+        if self.resume:
+            write_bytes(out / "config.yaml", to_yaml(replace(self, resume=False)).encode())
         finish(out, command, clock)
         say(record.about)
         if record.about["quantities"]:
@@ -209,6 +228,7 @@ class InvertRun:
         print(f"draws    {out / 'posterior.npz'}")
         print(f"summary  {out / 'posterior.json'}")
         print(f"report   {write_report(out)}")
+        _forget(out)
         return 0
 
     # -- the problem ---------------------------------------------------------------------------------------------------
@@ -276,14 +296,15 @@ class InvertRun:
 
     # -- its solution --------------------------------------------------------------------------------------------------
 
-    def _solve(self, problem: Problem) -> Any:
+    def _solve(self, problem: Problem, journal: Journal) -> Any:
         posterior = problem.posterior
         if self.method == "twisted":
-            return by_particles(self, problem, potential_of(self.potential, problem.observed, 1.0))
+            return by_particles(self, problem, potential_of(self.potential, problem.observed, 1.0), journal)
         if self.method == "tempered":
-            draws = prior_draws(self, problem, self.runs * self.particles, self.seed + 2)
-            return by_particles(self, problem, draws)
-        return by_chains(self, posterior, *started(self, problem, self.chains))
+            place = Path(self.out) / _STATE_DRAWS
+            draws = kept_draws(self, problem, self.runs * self.particles, self.seed + 2, place)
+            return by_particles(self, problem, draws, journal)
+        return by_chains(self, posterior, *started(self, problem, self.chains), journal=journal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,3 +343,9 @@ class Problem:
     def posterior(self) -> Posterior:
         """Prior and observation."""
         return Posterior(self.prior, self.observed)
+
+
+def _forget(out: Path) -> None:
+    """Nothing is left to resume."""
+    for name in _STATES:
+        (out / name).unlink(missing_ok=True)

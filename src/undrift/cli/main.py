@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(to_yaml(run), end="")
             return 0
         return run.execute(["undrift", *words])
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted.")
+    except KeyboardInterrupt as stop:
+        return _fail(130, f"interrupted; {stop}" if str(stop) else "interrupted.")
     except (TrainingDiverged, FloatingPointError) as error:
         return _fail(1, str(error))
     except (CheckpointError, ValueError, OSError, ImportError) as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from undrift._journal import Entry, Journal, digest
 from undrift.cli.conditioning import evidence, potential_of
 from undrift.cli.given import direct, noise_level, sites
 from undrift.config import ConfigError
@@ -36,12 +38,14 @@ from undrift.sample import Particles, sample, twisted
 if TYPE_CHECKING:
     from undrift.cli.invert import InvertRun, Problem
 
-__all__ = ["by_chains", "by_particles", "calibration_of", "prior_draws", "record_of", "started"]
+__all__ = ["by_chains", "by_particles", "calibration_of", "kept_draws", "prior_draws", "record_of", "started"]
 
 _RANKED = 31  # draws of each truth that is ranked
 _RANK_CHAINS, _RANK_STEPS = 8, 240  # that make them, if informed
 _MODES = 8
 _STEPS = 4000  # of a chain
+_APART = "prior, setting or seed"
+_BESIDE = {"data", "truth", "simulate", "source", "out", "resume", "overwrite", "progress"}  # of no effect on a prior
 
 
 def prior_draws(run: InvertRun, problem: Problem, n: int, seed: int) -> Tensor:
@@ -51,6 +55,26 @@ def prior_draws(run: InvertRun, problem: Problem, n: int, seed: int) -> Tensor:
     x = sample(problem.diffusion, n, problem.event, run.sampler, seed, batch=256, dtype=torch.float64)
     assert isinstance(x, Tensor)
     return x
+
+
+def kept_draws(run: InvertRun, problem: Problem, n: int, seed: int, place: Path) -> Tensor:
+    """Draws of the prior, which a network takes long to make: kept in a file, if they are not found there."""
+    journal = Journal(place, _identity(run, problem, "draws of the prior"), apart=_APART, keep=True)
+    found = journal.read()
+    if found is not None:
+        return found[0]["x"]
+    x = prior_draws(run, problem, n, seed)
+    if run.run is not None:
+        journal.write(lambda: ({"x": x}, {}), force=True)
+    return x
+
+
+def _identity(run: InvertRun, problem: Problem, what: str) -> str:
+    """Of what is made from a run's settings and its prior, and not from its data."""
+    settings = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name not in _BESIDE}
+    probe = torch.arange(math.prod(problem.event), dtype=torch.float64).cos().reshape(1, *problem.event)
+    with torch.no_grad():
+        return digest(what=what, slope=problem.prior.slope(problem.space.colour(probe), 0.1), **settings)
 
 
 def started(run: InvertRun, problem: Problem, n: int) -> tuple[Tensor, Preconditioner, Tensor | None]:
@@ -80,8 +104,28 @@ def by_chains(
     preconditioner: Preconditioner,
     centre: Tensor | None = None,
     keep: int | None = None,
+    journal: Journal | None = None,
 ) -> Chains:
-    """Chains from first states (chains, *event), each thinned to ``keep`` states, or so that all make 4 run.draws."""
+    """Chains from first states (chains, *event), each thinned to ``keep`` states, or so that all make 4 run.draws.
+
+    Raises:
+        KeyboardInterrupt: if interrupted; half a run is of no use here.
+    """
+    chains = _chains(run, posterior, start, preconditioner, centre, keep, journal)
+    if not chains.complete:
+        raise KeyboardInterrupt
+    return chains
+
+
+def _chains(
+    run: InvertRun,
+    posterior: Posterior,
+    start: Tensor,
+    preconditioner: Preconditioner,
+    centre: Tensor | None,
+    keep: int | None,
+    journal: Journal | None,
+) -> Chains:
     steps = run.steps or _STEPS
     keep = keep or -(-4 * run.draws // len(start))
     if run.method == "pcn":
@@ -97,6 +141,7 @@ def by_chains(
             warmup=warmup,
             target=0.3,
             thin=max(1, (steps - warmup) // keep),
+            checkpoint=journal,
             progress=run.progress,
         )
     warmup = max(run.annealing.length(steps), steps // 5)
@@ -115,6 +160,7 @@ def by_chains(
         warmup=warmup,
         thin=max(1, (steps - warmup) // keep),
         trust=run.trust,
+        checkpoint=journal,
         progress=run.progress,
     )
 
@@ -130,10 +176,18 @@ def allowed(run: InvertRun, posterior: Posterior, start: Tensor, preconditioner:
     return 0.5 * min(run.trust, 2.0) / max(stiffest, 0.5)
 
 
-def by_particles(run: InvertRun, problem: Problem, given: Any) -> Particles:
+def by_particles(run: InvertRun, problem: Problem, given: Any, journal: Journal | None = None) -> Particles:
     """Weighted draws: by a potential for twisted sampling, from draws of the prior for tempering."""
     if run.method == "tempered":
-        return tempered(problem.posterior, given, run.moves, run.seed + 3, runs=run.runs, progress=run.progress)
+        return tempered(
+            problem.posterior,
+            given,
+            run.moves,
+            run.seed + 3,
+            runs=run.runs,
+            checkpoint=journal,
+            progress=run.progress,
+        )
     return twisted(
         problem.diffusion,
         problem.observed,
@@ -146,6 +200,7 @@ def by_particles(run: InvertRun, problem: Problem, given: Any) -> Particles:
         runs=run.runs,
         batch=1024,
         dtype=torch.float64,
+        checkpoint=journal,
         progress=run.progress,
     )
 
@@ -153,8 +208,11 @@ def by_particles(run: InvertRun, problem: Problem, given: Any) -> Particles:
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 
-def calibration_of(run: InvertRun, problem: Problem) -> tuple[Calibration, list[str]]:
-    """Ranks of truths of the prior among draws of their posteriors; and what speaks against them."""
+def calibration_of(run: InvertRun, problem: Problem, journal: Journal) -> tuple[Calibration, list[str]]:
+    """Ranks of truths of the prior among draws of their posteriors; and what speaks against them.
+
+    An interrupted one goes on with the truth that it had reached.
+    """
     space, n = problem.space, run.calibrate
     truths = prior_draws(run, problem, n, run.seed + 5)
     generator = torch.Generator().manual_seed(run.seed + 6)
@@ -163,14 +221,11 @@ def calibration_of(run: InvertRun, problem: Problem) -> tuple[Calibration, list[
     if run.method in ("pcn", "langevin") and not run.informed:
         # All truths at once, a chain each, from draws of the prior: at its own truth ranks would be uniform at once.
         start = prior_draws(run, problem, n, run.seed + 7)
-        chains = by_chains(quiet, Posterior(problem.prior, experiment), start, PriorCovariance(space), keep=_RANKED)
+        posterior = Posterior(problem.prior, experiment)
+        chains = by_chains(quiet, posterior, start, PriorCovariance(space), keep=_RANKED, journal=journal)
         values = chains.states[:, -_RANKED:]
     else:
-        each = []
-        for i in tqdm(range(n), disable=not run.progress, desc="calibration"):
-            one = dataclasses.replace(problem, observation=Observation(run.observe, run.noise, experiment.y[i]))
-            each.append(_ranked(dataclasses.replace(quiet, seed=run.seed + 100 * (i + 1)), one))
-        values = torch.stack(each)
+        values = _one_by_one(quiet, problem, experiment, journal, run.progress)
     modes = _modes(problem, values.flatten(0, 1)).reshape(n, values.shape[1], -1)
     found = calibrate(_modes(problem, truths), modes, _names(modes.shape[-1]), run.seed)
     centred = modes - modes.mean(1, keepdim=True)
@@ -183,6 +238,30 @@ def calibration_of(run: InvertRun, problem: Problem) -> tuple[Calibration, list[
             "for independent draws only; p-values are too small. Give more steps, or --informed true."
         )
     return found, warnings
+
+
+def _one_by_one(run: InvertRun, problem: Problem, experiment: Observation, journal: Journal, progress: bool) -> Tensor:
+    """Draws of the posterior of each experiment, (n, L, *event)."""
+    journal = Journal.of(journal, lambda: _identity(run, problem, "calibration"), _APART)
+    found, n = journal.read(), len(experiment.y)
+    each = [] if found is None else list(found[0]["draws"])
+
+    def snapshot() -> Entry:
+        known = [*each]
+        return lambda: ({"draws": torch.stack(known)}, {})
+
+    safe: Entry | None = None
+    try:
+        for i in tqdm(range(len(each), n), disable=not progress, desc="calibration", initial=len(each), total=n):
+            one = dataclasses.replace(problem, observation=Observation(run.observe, run.noise, experiment.y[i]))
+            each.append(_ranked(dataclasses.replace(run, seed=run.seed + 100 * (i + 1)), one))
+            safe = snapshot()
+            journal.write(safe)
+        journal.write(safe, force=True)
+    except BaseException:
+        journal.write(safe, force=True)
+        raise
+    return torch.stack(each)
 
 
 def _ranked(run: InvertRun, problem: Problem) -> Tensor:
