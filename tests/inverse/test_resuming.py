@@ -92,7 +92,7 @@ def by_multistep_twisting(observed, seed, checkpoint=None):
     def potential(x, sigma, x0):
         return 0.5 * observed.log_likelihood(SPACE.decode(x0))
 
-    sampler, settings = Exponential(9, order=2, stochasticity=1.0), {"resample": 1.0, "checkpoint": checkpoint}
+    sampler, settings = Exponential(9, order=2, stochasticity=1.0, guard=False), {"resample": 1.0, "checkpoint": checkpoint}
     return twisted(Diffusion(PROCESS, PRIOR), observed, potential, 8, (12,), sampler, seed, **settings)
 
 
