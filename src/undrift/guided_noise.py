@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from undrift._linalg import as_f64
 from undrift.denoise.free import ClassifierFree
 from undrift.denoise.guidance import Guided, Potential, coloured, potential_on, slope_of, told_apart
 from undrift.diffusion import Diffusion, NoiseDiffusion, Predictor, predictor_of
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.process.linear import LinearProcess, mix
 from undrift.space import Space
 
@@ -160,9 +162,11 @@ def guide(
 
 
 def classifier_free(
-    diffusion: Diffusion | NoiseDiffusion, strength: float = 2.0, interval: tuple[float, float] = (0.0, math.inf)
-) -> Diffusion | NoiseDiffusion:
-    """A diffusion of either kind, guided without a classifier; see :class:`~undrift.denoise.ClassifierFree`.
+    diffusion: Diffusion | NoiseDiffusion | ModalDiffusion,
+    strength: float = 2.0,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> Diffusion | NoiseDiffusion | ModalDiffusion:
+    """A diffusion of any kind, guided without a classifier; see :class:`~undrift.denoise.ClassifierFree`.
 
     Scores are affine in what a network says, so a noise network is guided by the difference of two of its answers.
 
@@ -174,7 +178,7 @@ def classifier_free(
     if isinstance(diffusion, NoiseDiffusion):
         d, network = diffusion, _Free(diffusion.network, strength, interval)
         return NoiseDiffusion(d.process, network, d.kernel, d.factor, d.mixed, d.data_std, d.space)
-    return Diffusion(diffusion.process, ClassifierFree(diffusion.denoiser, strength, interval), diffusion.space)
+    return dataclasses.replace(diffusion, denoiser=ClassifierFree(diffusion.denoiser, strength, interval))
 
 
 class _Free:

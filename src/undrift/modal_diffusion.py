@@ -64,8 +64,8 @@ class ModalDiffusion:
         return self.denoiser.clock
 
     @property
-    def _functions(self) -> FunctionSpace:
-        """The denoiser's space, in its own coordinates."""
+    def functions(self) -> FunctionSpace:
+        """The denoiser's space, in whose coordinates samples are expressed."""
         space = self.denoiser.space
         assert isinstance(space, FunctionSpace)
         return space
@@ -73,7 +73,7 @@ class ModalDiffusion:
     @property
     def space(self) -> FunctionSpace:
         """Where states live: the denoiser's space, by coefficients."""
-        return self._functions.in_coordinates("coefficients")
+        return self.functions.in_coordinates("coefficients")
 
     @property
     def predictions(self) -> int:
@@ -87,7 +87,7 @@ class ModalDiffusion:
 
     def express(self, c: Tensor) -> Tensor:
         """Coefficients (..., *grid) in the coordinates of the denoiser's space."""
-        space = self._functions
+        space = self.functions
         return space.encode(space.basis.synthesise(c))
 
     def read(self, z: Tensor, row: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
@@ -99,7 +99,7 @@ class ModalDiffusion:
             sigma: clock level.
             condition: passed on to the denoiser.
         """
-        space = self._functions
+        space = self.functions
         weights = row.to(z).reshape(row.shape[0], *[1] * (z.ndim - 1 - row.ndim), *row.shape[1:])
         x = self.express((weights * z).sum(1))
         x0 = self.denoiser(x, sigma.to(x).expand(z.shape[0]), **condition)

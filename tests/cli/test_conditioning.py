@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from undrift import NoiseDiffusion, load, sample, save
+from undrift import ModalDiffusion, NoiseDiffusion, load, sample, save
 from undrift.cli import main
 from undrift.container import read_file
 from undrift.denoise import NetworkClassifier, NetworkDenoiser, PseudoInverse
 from undrift.guided_noise import guide
 from undrift.networks import MLP, MLPClassifier, SpectralNet, UNet
 from undrift.observe import GaussianNoise, Matrix, Observation
-from undrift.process import PSLD
+from undrift.process import CLD, PSLD
 from undrift.report import read_npz
 from undrift.report.posterior import PosteriorRecord
 from undrift.sample import Ancestral
@@ -300,6 +300,40 @@ def test_guided_methods_run_on_functions(folder, tmp_path, method):
 # -- training ----------------------------------------------------------------------------------------------------------
 
 STEPS = ["--train.batch", 16, "--train.log_every", 1, "--samples", 2]
+
+
+def test_a_clock_of_modes_is_trained_and_walked(folder, tmp_path, capsys):
+    """Blurring from the command line: the library's samples of the file, and no command that would misread levels."""
+    generator = torch.Generator().manual_seed(0)
+    x = FunctionSpace(Cosine(), Matern(2.0, 3.0, 1.0)).colour(torch.randn(32, 16, generator=generator))
+    np.savez(tmp_path / "f.npz", x=x.numpy())
+    train = ["train", "--data", f"{{type: Npz, path: {tmp_path / 'f.npz'}}}", "--space", "data", "--clock", "Blurring"]
+    assert run(*train, "--out", tmp_path / "no") == 2
+    assert "clock: a clock of modes is trained with --objective SpectralDenoising" in capsys.readouterr().err
+    network = ["--network", "{type: SpectralNet, width: 4, modes: 4, depth: 1}"]
+    place, out = tmp_path / "r", tmp_path / "o"
+    flags = ["--objective", "SpectralDenoising", "--train.steps", 3, *STEPS, *network, "--out", place]
+    assert run(*train, *flags) == 0
+    steps = ["--sampler", "Ancestral", "--sampler.steps", 4, "--n", 3, "--seed", 2]
+    assert run("sample", place, "--process", "CLD", *steps, "--out", out) == 0
+    diffusion = ModalDiffusion(CLD(), load(place / "model.safetensors"))
+    torch.testing.assert_close(samples(out), sample(diffusion, 3, (16,), Ancestral(4), 2))
+    left = ["--mask", "left", "--simulate", 1]
+    assert run("sample", place, *left, *steps, "--out", out, "--overwrite", "true") == 0
+    torch.testing.assert_close(samples(out)[:, :8], x[1, :8].expand(3, 8), rtol=1e-4, atol=1e-4)
+    for flags, said in (
+        (["sample", place, *left, *NOISE, "--method", "moments"], "guidance asks a potential at one noise level"),
+        (["sample", place, "--process", "VE"], "process: ModalDiffusion: the clock's modes reach"),
+        (["sample", place, "--sampler", "ProbabilityFlow"], "sampler: a clock of modes is walked by a table"),
+        (
+            ["sample", place, "--sampler", "Heun", "--sampler.grid", "Rho"],
+            "sampler: Heun: a modal clock sets the times",
+        ),
+        (["invert", place], "was trained on a Blurring clock"),
+    ):
+        assert run(*flags, "--out", tmp_path / "p") == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
 
 
 def test_a_noise_network_is_guided_too(folder, tmp_path, capsys):

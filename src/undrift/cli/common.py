@@ -18,9 +18,12 @@ from undrift.config import ConfigError, describe
 from undrift.denoise import NetworkClassifier, NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.guided_noise import GuidedNoise
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.process import VP, LinearProcess
 from undrift.report import Tones, label, samples_figure, write_bytes, write_npz, write_provenance
 from undrift.sample import ProbabilityFlow, Sampler, TableSampler
+from undrift.sample.modal import modal_plan
+from undrift.space import ModalClock
 from undrift.train import Dataset, DataSource, Dequantised, load, notes
 
 __all__ = [
@@ -104,8 +107,22 @@ class Checkpoint:
         """The denoiser, which serves every process.
 
         Raises:
-            ConfigError: if the model predicts the noise of one process.
+            ConfigError: if the model predicts the noise of one process, or runs on a clock of modes.
         """
+        if self.clock is not None:
+            raise ConfigError(
+                f"run: {self.path} was trained on a {type(self.clock).__name__} clock, on which every mode has a noise "
+                "level of its own; undrift sample walks it, under any process, and no other command."
+            )
+        return self._denoiser
+
+    @property
+    def clock(self) -> ModalClock | None:
+        """Levels of the modes, where they are not one."""
+        return None if isinstance(self.model, NoiseDiffusion) else getattr(self._denoiser, "clock", None)
+
+    @property
+    def _denoiser(self) -> NetworkDenoiser:
         if isinstance(self.model, NoiseDiffusion):
             raise ConfigError(
                 f"run: {self.path} predicts the noise of {label(self.model.process)} and of no other process; "
@@ -120,12 +137,12 @@ class Checkpoint:
     @property
     def data_std(self) -> float:
         """Deviation of one data coordinate, relative to the noise's."""
-        return self.model.data_std if isinstance(self.model, NoiseDiffusion) else self.denoiser.sigma_data
+        return self.model.data_std if isinstance(self.model, NoiseDiffusion) else self._denoiser.sigma_data
 
     @property
     def network(self) -> Any:
         """The network inside."""
-        return self.model.network if isinstance(self.model, NoiseDiffusion) else self.denoiser.network
+        return self.model.network if isinstance(self.model, NoiseDiffusion) else self._denoiser.network
 
     @property
     def told(self) -> bool:
@@ -199,6 +216,25 @@ def _open(run: str, flag: str) -> tuple[Path, Any, dict[str, Any]]:
     return path, model, noted
 
 
+def modal_of(checkpoint: Checkpoint, process: LinearProcess | None, sampler: Sampler) -> ModalDiffusion:
+    """The diffusion on a clock of modes, under ``process`` or VP.
+
+    Raises:
+        ConfigError: if the process ends below the clock's highest level, or the sampler cannot keep to the clock.
+    """
+    try:
+        diffusion = ModalDiffusion(process or VP(), checkpoint._denoiser)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"process: {error}") from error
+    if not isinstance(sampler, TableSampler):
+        raise ConfigError(f"sampler: a clock of modes is walked by a table, got {type(sampler).__name__}.")
+    try:
+        modal_plan(diffusion, sampler, (1,) * len(checkpoint.event))
+    except ValueError as error:
+        raise ConfigError(f"sampler: {error}") from error
+    return diffusion
+
+
 def diffusion_of(checkpoint: Checkpoint, process: LinearProcess | None) -> Diffusion | NoiseDiffusion:
     """The diffusion to sample: under ``process``, or the one it was saved with, or VP."""
     model = checkpoint.model
@@ -230,7 +266,7 @@ def keep_samples(
     out: Path,
     stem: str,
     x: Tensor,
-    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion,
     sampler: Sampler,
     tones: Tones,
     seed: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,12 +35,13 @@ from undrift.denoise import (
 )
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.guided_noise import GuidedNoise, classifier_free, guide
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.observe import CorrelatedNoise, GaussianNoise, LinearOperator, Mask, Noise, Observation, Operator
 from undrift.report import PosteriorRecord, accuracy, label
 from undrift.report.plots import is_image
 from undrift.sample import Particles, Replace
 from undrift.sample.replace import Steer
-from undrift.space import FunctionSpace
+from undrift.space import FunctionSpace, Space
 from undrift.train import Simulated
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Conditioned:
         notes: settings that are kept beside the samples.
     """
 
-    diffusion: Diffusion | NoiseDiffusion | GuidedNoise
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion
     method: Method | None = None
     words: str = ""
     given: Mapping[str, Tensor] = field(default_factory=dict)
@@ -98,13 +100,18 @@ class Conditioned:
     truth: Tensor | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def space(self) -> Space:
+        """In whose coordinates samples come."""
+        return _space_of(self.diffusion)
+
     def each(self, n: int) -> dict[str, Tensor]:
         """The conditions of n samples."""
         return {k: v.expand(n, *v.shape) for k, v in self.given.items()}
 
     def record(self, x: Tensor, particles: Particles | None, tones: Mapping[str, Any], seed: int) -> PosteriorRecord:
         """What the report shows of draws x (n, *event) of equal weight."""
-        decode = self.diffusion.space.decode
+        decode = self.space.decode
         draws = decode(x).double()
         mean, std = draws.mean(0), draws.std(0) if len(draws) > 1 else torch.zeros_like(draws[0])
         warnings = [_NO_POSTERIOR[self.method]] if self.method in _NO_POSTERIOR else []
@@ -128,7 +135,7 @@ class Conditioned:
             with torch.no_grad():
                 predicted = observation.operator(draws[:200].to(x)) if self.known is None else None
         about: dict[str, Any] = {
-            "kind": kind_of(self.diffusion, tuple(mean.shape)),
+            "kind": kind_of(self.space, tuple(mean.shape)),
             "lead": f"{len(x)} draws given {self.words}.",
             "facts": facts,
             "warnings": warnings,
@@ -142,6 +149,10 @@ class Conditioned:
         if self.truth is not None and len(draws) > 1:
             about["errors"] = accuracy(draws, mean, std, self.truth, self.known)
         return PosteriorRecord(draws.to(x), mean, std, about, self.truth, y, predicted, where, self.known)
+
+
+def _space_of(diffusion: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion) -> Space:
+    return diffusion.functions if isinstance(diffusion, ModalDiffusion) else diffusion.space
 
 
 def evidence(particles: Particles) -> dict[str, Any]:
@@ -159,9 +170,8 @@ def evidence(particles: Particles) -> dict[str, Any]:
     }
 
 
-def kind_of(diffusion: Any, event: tuple[int, ...]) -> str:
+def kind_of(space: Space, event: tuple[int, ...]) -> str:
     """What an event is shown as: "curve", "field", "image" or "vector"."""
-    space = diffusion.space
     if isinstance(space, FunctionSpace):
         return {1: "curve", 2: "field"}.get(space.basis.dims, "vector")
     if is_image(event):
@@ -169,7 +179,9 @@ def kind_of(diffusion: Any, event: tuple[int, ...]) -> str:
     return "curve" if len(event) == 1 and event[0] >= 16 else "field" if len(event) == 2 else "vector"
 
 
-def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | NoiseDiffusion) -> Conditioned:
+def condition(
+    run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | NoiseDiffusion | ModalDiffusion
+) -> Conditioned:
     """The diffusion with what it is told.
 
     Raises:
@@ -196,12 +208,18 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
             f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and --method {method} needs a "
             "denoiser; train one, or take --method replace, dps, pigdm, moments or linearised."
         )
+    if isinstance(diffusion, ModalDiffusion) and (run.classifier or method not in (None, "known", "amortised")):
+        raise ConfigError(
+            f"run: {checkpoint.path} was trained on a {type(diffusion.clock).__name__} clock, and guidance asks a "
+            "potential at one noise level; on a clock of modes there is --guidance to a class that the network knows, "
+            "--method known, and networks that are told the data."
+        )
     if run.guidance is not None and run.classifier is not None and method not in (None, "amortised", *OF_PARTS):
         raise ConfigError(
             f"guidance: would be the strength of both the classifier and the observation, which guides by {method}; "
             "leave it out, for 1."
         )
-    model: Diffusion | NoiseDiffusion | GuidedNoise = diffusion
+    model: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion = diffusion
     if free:
         _check_dropped(checkpoint, str(to))
         interval = (0.0, math.inf) if run.interval is None else run.interval
@@ -217,6 +235,7 @@ def condition(run: SampleRun, checkpoint: Checkpoint, diffusion: Diffusion | Noi
             raise ConfigError(f"label: {run.classifier} knows classes 0 to {classifier.classes - 1}, got {run.label}.")
         strength = 1.0 if run.guidance is None else run.guidance
         potential: Any = ClassifierPotential(classifier, run.label)
+        assert not isinstance(model, ModalDiffusion)
         model = guide(model, potential, strength)
         words.append(f"class {run.label} by a classifier at strength {strength:g}")
         notes |= {"classifier": run.classifier, "label": run.label, "guidance": strength}
@@ -263,7 +282,7 @@ def _method(run: SampleRun, checkpoint: Checkpoint) -> Method | None:
 def _told(
     run: SampleRun,
     checkpoint: Checkpoint,
-    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion,
     method: Method,
     words: list[str],
     given: dict[str, Tensor],
@@ -278,15 +297,16 @@ def _told(
         truth, of = read_event(run.truth, "truth", event, tones), "a known truth"
     known = values = None
     if run.known is not None or run.mask is not None:
-        if isinstance(diffusion.space, FunctionSpace) and diffusion.space.coordinates != "physical":
+        space = _space_of(diffusion)
+        if isinstance(space, FunctionSpace) and space.coordinates != "physical":
             raise ConfigError("mask: a part of a function is known by its values; this model's space has others.")
         values, known = known_part(run.known, run.mask, truth, event, tones)
         words.append(f"{int(known.sum())} of {known.numel()} values of {of}")
         if method in OF_PARTS:
             steer = Replace(known, values) if method == "replace" else None
             if method == "known":
-                assert isinstance(diffusion, Diffusion)
-                diffusion = Diffusion(diffusion.process, Known(diffusion.denoiser, known, values))
+                assert isinstance(diffusion, (Diffusion, ModalDiffusion))
+                diffusion = dataclasses.replace(diffusion, denoiser=Known(diffusion.denoiser, known, values))
             return Conditioned(
                 diffusion, method, _and(words), given, steer, known=known, values=values, truth=truth, notes=notes
             )
@@ -310,6 +330,7 @@ def _told(
         given = {**given, "observed": observation.y}
         _try(diffusion, event, "data", given)
         return _replace(found, given=given)
+    assert not isinstance(diffusion, ModalDiffusion)
     twisting: Any = method if method != "twisted" else run.potential or _twisting(observation)
     potential: Any = potential_of(twisting, observation, checkpoint.data_std**2)
     try_potential(potential, diffusion, event, "potential" if method == "twisted" else "method", given)
@@ -416,11 +437,15 @@ def try_potential(
 
 
 def _try(
-    diffusion: Diffusion | NoiseDiffusion | GuidedNoise, event: tuple[int, ...], place: str, given: Mapping[str, Tensor]
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise | ModalDiffusion,
+    event: tuple[int, ...],
+    place: str,
+    given: Mapping[str, Tensor],
 ) -> None:
     """One call half way, which every process reaches at a finite level."""
     condition = {k: v.unsqueeze(0) for k, v in given.items()}
     z, t = torch.zeros(1, diffusion.process.channels, *event), 0.5 * diffusion.process.horizon
+    t = diffusion.clock.sigma_max if isinstance(diffusion, ModalDiffusion) else t
     try:
         with torch.no_grad():
             diffusion.predict(z, t, **condition)

@@ -10,11 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undrift.cli.common import Clock, begin, check_applies, diffusion_of, finish, keep_samples, open_checkpoint
+from undrift.cli.common import (
+    Clock,
+    begin,
+    check_applies,
+    diffusion_of,
+    finish,
+    keep_samples,
+    modal_of,
+    open_checkpoint,
+)
 from undrift.cli.conditioning import Conditioned, condition, evidence
 from undrift.cli.rules import Method, Twisting, check
 from undrift.config import ConfigError
-from undrift.diffusion import Diffusion
+from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.observe import Noise, Operator
 from undrift.process import LinearProcess
 from undrift.report import JsonLines, label, write_npz, write_report
@@ -115,15 +125,19 @@ class SampleRun:
     def execute(self, command: Sequence[str]) -> int:
         clock = Clock()
         checkpoint = open_checkpoint(self.run)
-        diffusion = diffusion_of(checkpoint, self.process)
-        check_applies(self.sampler, diffusion.process, self.method)
+        diffusion: Diffusion | NoiseDiffusion | ModalDiffusion
+        if checkpoint.clock is not None:
+            diffusion = modal_of(checkpoint, self.process, self.sampler)
+        else:
+            diffusion = diffusion_of(checkpoint, self.process)
+            check_applies(self.sampler, diffusion.process, self.method)
         given = condition(self, checkpoint, diffusion)
         name = f"sample-{type(diffusion.process).__name__}-{type(self.sampler).__name__}"
         name += "" if given.method is None else f"-{given.method}"
         out = checkpoint.path.parent / name if self.out is None else Path(self.out)
         begin(self, out, _FILES, self.overwrite)
         x, particles = self._draw(given, checkpoint.event)
-        space = given.diffusion.space
+        space = given.space
         more = {**given.notes, **({} if particles is None else {"particles": evidence(particles)})}
         keep_samples(out, "samples", space.decode(x), given.diffusion, self.sampler, checkpoint.tones, self.seed, more)
         if particles is not None:

@@ -16,11 +16,12 @@ from undrift.config import ConfigError, build, describe, schema
 from undrift.denoise import NetworkClassifier, NetworkDenoiser
 from undrift.denoise.spectral import SpectralDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.modal_diffusion import ModalDiffusion
 from undrift.networks import ClassifierNetwork, Network
 from undrift.process import VP, LinearProcess
 from undrift.report import Tones, write_json, write_report
 from undrift.sample import Exponential, sample
-from undrift.space import EmpiricalSpectrum, FunctionSpace, Space, White
+from undrift.space import EmpiricalSpectrum, FunctionSpace, ModalClock, Space, White
 from undrift.train import (
     Classification,
     Dataset,
@@ -71,6 +72,7 @@ class TrainRun:
         space: where the points live: White, a FunctionSpace, whose noise is a function, "data", whose noise is a Matern
             fit to the data but rough enough to learn in every mode, or "matched", whose noise has the spectrum of the
             data (in one dimension for points (n,), in two for (n1, n2) and (C, n1, n2)).
+        clock: with SpectralDenoising, levels of the modes, Blurring or HeatDissipation; null for one level in all.
         model: denoiser or noise; null for what the objective trains, for EvidenceBound a denoiser.
         process: for NoiseMatching and EvidenceBound, the process; "learned" begins a LearnedProcess at its defaults.
             With Denoising only the process that the report shows.
@@ -89,6 +91,7 @@ class TrainRun:
     network: Network | ClassifierNetwork | None = None
     objective: Objective = field(default_factory=Denoising)
     space: Literal["data", "matched"] | Space | None = None
+    clock: ModalClock | None = None
     model: Literal["denoiser", "noise"] | None = None
     process: LinearProcess | None = None
     kernel: Literal["hsm", "dsm"] = "hsm"
@@ -151,6 +154,10 @@ class TrainRun:
             )
         if isinstance(self.objective, SpectralDenoising) and not function:
             raise ConfigError("space: SpectralDenoising is for functions; give --space data or a FunctionSpace.")
+        if self.clock is not None and not isinstance(self.objective, SpectralDenoising):
+            raise ConfigError(
+                f"clock: a clock of modes is trained with --objective SpectralDenoising, mode by mode, not {objective}."
+            )
         if function and isinstance(self.objective, (NoiseMatching, EvidenceBound)):
             raise ConfigError(
                 f"space: {objective} is for White here; functions are learned by Denoising or SpectralDenoising, for "
@@ -231,7 +238,7 @@ class TrainRun:
             return NetworkClassifier(network, scale, max(low, _SIGMA_MIN), min(high, _SIGMA_MAX), space)
         if isinstance(self.objective, SpectralDenoising):
             assert isinstance(space, FunctionSpace)
-            return SpectralDenoiser(network, space, EmpiricalSpectrum.of(data.x, space.basis))
+            return SpectralDenoiser(network, space, EmpiricalSpectrum.of(data.x, space.basis), self.clock)
         if noise:
             assert process is not None
             return NoiseDiffusion(process, network, self.kernel, mixed=self.mixed, data_std=scale)
@@ -291,7 +298,9 @@ def _learns(process: LinearProcess | None) -> bool:
 
 def _shown(
     model: NetworkDenoiser | NoiseDiffusion | Diffusion, process: LinearProcess | None
-) -> Diffusion | NoiseDiffusion:
+) -> Diffusion | NoiseDiffusion | ModalDiffusion:
+    if isinstance(model, SpectralDenoiser) and model.clock is not None:
+        return ModalDiffusion(process or VP(), model)
     if isinstance(model, NetworkDenoiser):
         return Diffusion(process or VP(), model)
     return model

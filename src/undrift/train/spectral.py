@@ -2,7 +2,7 @@ r"""What training on functions minimises where the denoiser is preconditioned mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ class SpectralDenoising(Objective):
     A mode counts by the data's variance in it, so that the loss is of order 1 at every level and on every grid.
 
     Args:
-        noise: density of the levels that are visited; those of the clock, with one.
+        noise: density of the levels that are visited; None for LogUniform of the clock's levels, or without one of .01
+            to 30.
     """
 
-    noise: NoiseLevels = field(default_factory=lambda: LogUniform(0.01, 30.0))
+    noise: NoiseLevels | None = None
 
     def loss(self, model: Any, x: Tensor, generator: torch.Generator, **condition: Any) -> tuple[Tensor, Tensor]:
         model = model.denoiser if isinstance(model, Diffusion) else model
@@ -34,14 +35,17 @@ class SpectralDenoising(Objective):
             raise TypeError(
                 f"SpectralDenoising: trains a SpectralDenoiser, got a {type(model).__name__}; Denoising trains others."
             )
-        sigma = self.noise.draw(stratified(x.shape[0], generator)).to(x)
+        noise = self.noise
+        if noise is None:
+            noise = LogUniform(0.01, 30.0) if model.clock is None else LogUniform(model.sigma_min, model.sigma_max)
+        sigma = noise.draw(stratified(x.shape[0], generator)).to(x)
         if model.clock is not None and not bool(
             ((sigma >= model.sigma_min * (1 - 1e-6)) & (sigma <= model.sigma_max * (1 + 1e-6))).all()
         ):
             raise ValueError(
                 f"SpectralDenoising: the clock has levels from {model.sigma_min:g} to {model.sigma_max:g}, and noise "
-                f"draws others, from {float(sigma.min()):.4g} to {float(sigma.max()):.4g}; give "
-                f"LogUniform({model.sigma_min:g}, {model.sigma_max:g})."
+                f"draws others, from {float(sigma.min()):.4g} to {float(sigma.max()):.4g}; leave "
+                "noise out."
             )
         xi = torch.empty_like(x).normal_(generator=generator)
         return model.misfit(x, sigma, xi, **condition), sigma
