@@ -20,7 +20,7 @@ from undrift.guided_noise import GuidedNoise, classifier_free, guide
 from undrift.networks import MLP
 from undrift.observe import GaussianNoise, Matrix, Observation, Points
 from undrift.process import CLD, PSLD, VP
-from undrift.sample import Ancestral, Exponential, ProbabilityFlow
+from undrift.sample import Ancestral, Exponential, ProbabilityFlow, twisted
 from undrift.space import Cosine, FunctionSpace, Matern
 from undrift.train import NoiseMatching, Ring, TrainConfig, Trainer
 
@@ -145,6 +145,20 @@ def test_either_kind_of_diffusion_is_guided_by_one_function():
     plain = guide(Diffusion(VP(), PRIOR), POTENTIALS[0], 2.0)
     x, s = normal(2, 3), torch.tensor([0.5, 1.0], dtype=torch.float64)
     torch.testing.assert_close(plain.denoiser(x, s), Guided(PRIOR, POTENTIALS[0], 2.0)(x, s), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(6), Exponential(6, order=2, stochasticity=1.0)], ids=["one", "memory"])
+def test_twisted_particles_are_those_of_the_denoiser(sampler):
+    """Weights and evidence too: all channels of the start are predicted, and guidance moves the first."""
+    noise = ExactNoise(PSLD(), PRIOR).diffusion
+    found, want, free = (
+        twisted(d, SEEN, potential, 12, (3,), sampler, 5, runs=2, batch=7, dtype=torch.float64)
+        for d, potential in ((noise, POTENTIALS[0]), (Diffusion(PSLD(), PRIOR), POTENTIALS[0]), (noise, None))
+    )
+    torch.testing.assert_close(found.x, want.x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.log_weights, want.log_weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.run_log_evidence, want.run_log_evidence, rtol=0, atol=1e-5)
+    assert not torch.allclose(free.x, found.x)
 
 
 class Classes:

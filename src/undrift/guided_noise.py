@@ -22,7 +22,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,27 @@ from undrift.modal_diffusion import ModalDiffusion
 from undrift.process.linear import LinearProcess, mix
 from undrift.space import Space
 
-__all__ = ["GuidedNoise", "classifier_free", "guide"]
+__all__ = ["GuidedNoise", "NoiseParts", "classifier_free", "guide"]
+
+
+class NoiseParts(NamedTuple):
+    """What one call of a guided noise network knows.
+
+    Attributes:
+        noise: what the network says, (batch, K, *event).
+        guided: predicted start given y, (batch, K, *event).
+        pull: strength C grad log p(y | x~), summed over nested guidance, (batch, *event).
+        unguided: predicted start of the model inside, (batch, K, *event).
+        log_potential: value of the potential, (batch,); the strength does not enter.
+        slope: its partial derivatives in x~, (batch, *event); nor does it here.
+    """
+
+    noise: Tensor
+    guided: Tensor
+    pull: Tensor
+    unguided: Tensor
+    log_potential: Tensor
+    slope: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +115,13 @@ class GuidedNoise:
             [self.diffusion.reading(times), row, self.process.kernel(times)[0], snr.rsqrt().unsqueeze(-1)], -1
         )
 
-    def _asked(self, z: Tensor, reading: Tensor, **condition: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """What is known at z, for readings (R,) or one per sample (batch, R).
+    def parts(self, z: Tensor, reading: Tensor, **condition: Any) -> NoiseParts:
+        """What one call of the network and one pass back through it tell.
 
-        Returns:
-            The network's noise and the start given y, (batch, K, *event); and strength C grad log p(y | x~), summed
-            over nested guidance, (batch, *event).
+        Args:
+            z: states (batch, K, *event).
+            reading: a row of :meth:`reading`, (R,), or one per sample, (batch, R).
+            condition: what the potential takes goes to it, the rest to the model.
         """
         k = self.process.channels
         own, rest = told_apart(self.potential, condition)
@@ -114,20 +135,21 @@ class GuidedNoise:
             moved = state + mix(mean.unsqueeze(-1), (point - (x if onward else x.detach())).unsqueeze(1))
             with torch.set_grad_enabled(onward or getattr(self.potential, "of_prediction", True)):
                 if isinstance(self.diffusion, GuidedNoise):
-                    noise, start, before = self.diffusion._asked(moved, inner, **rest)
+                    noise, start, before = self.diffusion.parts(moved, inner, **rest)[:3]
                 else:
                     noise = self.diffusion.ask(moved, inner, **rest)
                     start, before = self.diffusion.start(moved, noise, inner), torch.zeros_like(point)
-            slope = slope_of(self.potential, point, level, start[:, 0], own, onward)[1]
+            value, slope = slope_of(self.potential, point, level, start[:, 0], own, onward)
         pull = self.strength * coloured(self.space, slope)
         if not onward:
             noise, start, before = noise.detach(), start.detach(), before.detach()
-        x0 = start[:, 0] + level.square().reshape(-1, *[1] * (pull.ndim - 1)) * pull
-        return noise, torch.cat([x0.unsqueeze(1), start[:, 1:]], 1), before + pull
+        each = level.reshape(-1, *[1] * (pull.ndim - 1))
+        x0 = start[:, 0] + each * (each * pull)
+        return NoiseParts(noise, torch.cat([x0.unsqueeze(1), start[:, 1:]], 1), before + pull, start, value, slope)
 
     def read(self, z: Tensor, reading: Tensor, **condition: Any) -> Tensor:
         """Predicted start state (batch, K, *event) given y, for one row of :meth:`reading`."""
-        return self._asked(z, reading, **condition)[1]
+        return self.parts(z, reading, **condition).guided
 
     def predictor(self, times: Tensor) -> Predictor:
         """Predictor of the whole start state at fixed times (N,), its coefficients computed once; P = K."""
@@ -141,7 +163,7 @@ class GuidedNoise:
         """C times :meth:`score`: the same on White, and finite on every grid."""
         time = self.process._per_sample(z, t)
         reading = self.reading(time)
-        noise, _, pull = self._asked(z, reading, **condition)
+        noise, _, pull = self.parts(z, reading, **condition)[:3]
         k = self.process.channels
         row = reading[:, -2 * k - 1 : -k - 1].unsqueeze(-1)
         score = self._model.score_of(z, noise, self._model.coefficients(time), root)

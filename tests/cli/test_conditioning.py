@@ -23,7 +23,7 @@ from undrift.observe import GaussianNoise, Matrix, Observation
 from undrift.process import CLD, PSLD
 from undrift.report import read_npz
 from undrift.report.posterior import PosteriorRecord
-from undrift.sample import Ancestral
+from undrift.sample import Ancestral, twisted
 from undrift.space import Cosine, FunctionSpace, Matern
 from undrift.train import Ring
 
@@ -320,6 +320,7 @@ def test_a_clock_of_modes_is_trained_and_walked(folder, tmp_path, capsys):
     torch.testing.assert_close(samples(out), sample(diffusion, 3, (16,), Ancestral(4), 2))
     left = ["--mask", "left", "--simulate", 1]
     assert run("sample", place, *left, *steps, "--out", out, "--overwrite", "true") == 0
+    assert "overwrite: false" in (out / "config.yaml").read_text(), "or it could not be given with --resume"
     torch.testing.assert_close(samples(out)[:, :8], x[1, :8].expand(3, 8), rtol=1e-4, atol=1e-4)
     for flags, said in (
         (["sample", place, *left, *NOISE, "--method", "moments"], "guidance asks a potential at one noise level"),
@@ -352,6 +353,11 @@ def test_a_noise_network_is_guided_too(folder, tmp_path, capsys):
     guided = guide(load(path), PseudoInverse(seen, prior_variance=1.5**2), 0.7)
     torch.testing.assert_close(samples(out), sample(guided, 3, (2,), Ancestral(4), 2))
     assert float((samples(out) - sample(load(path), 3, (2,), Ancestral(4), 2)).abs().min()) > 1e-3
+    twist = ["--method", "twisted", "--potential", "pigdm", "--particles", 8, "--runs", 1]
+    assert run("sample", path, *observe, *twist, *steps, "--out", tmp_path / "t") == 0
+    found = twisted(load(path), seen, PseudoInverse(seen, prior_variance=1.5**2), 8, (2,), Ancestral(4), 2)
+    about = json.loads((tmp_path / "t" / "posterior.json").read_text())
+    assert about["log_evidence"] == pytest.approx(found.log_evidence, abs=1e-4)
     assert run("sample", path, "--mask", "left", "--truth", folder / "truth.npz", "--out", tmp_path / "p") == 2
     assert "predicts the noise of PSLD, and --method known needs a denoiser" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.sample.affine import data_law
-from undrift import Diffusion, NoiseDiffusion, sample
+from undrift import Diffusion, sample
 from undrift.denoise import FieldGaussian, GaussianDenoiser, PseudoInverse
 from undrift.observe import GaussianNoise, Matrix, Observation, Points
 from undrift.process import CLD, PSLD, VE, VP
@@ -314,7 +314,7 @@ BAD = [
     (lambda: refused(sampler=Exponential(4)), "the steps of Exponential draw no noise"),
     (lambda: refused(sampler=ProbabilityFlow()), "must be a table that draws noise"),
     (lambda: refused(sampler=Ancestral(3).plan(CLD())), "made for another process"),
-    (lambda: refused(diffusion=NoiseDiffusion(VP(), lambda z, t: z)), "needs a Diffusion"),
+    (lambda: refused(diffusion=never), "needs a Diffusion or a NoiseDiffusion"),
     (blind_to_position, "row 0 of the plan, called at t = 1, moves channel 0"),
     (lambda: refused(particles=0), "particles must be at least 1, got 0"),
     (lambda: refused(runs=0), "runs must be at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,9 @@ def begin(run: Any, out: Path, marks: Sequence[str], overwrite: bool, hint: str 
         )
     for mark in there:
         (out / mark).unlink()
-    write_bytes(out / "config.yaml", to_yaml(run).encode())
+    # What was said of the folder held for this start alone; --config with the file may go on, by --resume.
+    start = {name: False for name in ("overwrite", "resume") if getattr(run, name, False)}
+    write_bytes(out / "config.yaml", to_yaml(dataclasses.replace(run, **start) if start else run).encode())
 
 
 def finish(out: Path, command: Sequence[str], clock: Clock) -> None:

@@ -203,10 +203,10 @@ def condition(
             "interval: the noise levels of guidance without a classifier, which is to a class, --y, or to what a "
             f"network is told; the network of {checkpoint.path} is told nothing."
         )
-    if isinstance(diffusion, NoiseDiffusion) and method in ("known", "twisted"):
+    if isinstance(diffusion, NoiseDiffusion) and method == "known":
         raise ConfigError(
-            f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and --method {method} needs a "
-            "denoiser; train one, or take --method replace, dps, pigdm, moments or linearised."
+            f"run: {checkpoint.path} predicts the noise of {label(diffusion.process)}, and --method known needs a "
+            "denoiser; train one, or take --method replace, a guided one, or twisted."
         )
     if isinstance(diffusion, ModalDiffusion) and (run.classifier or method not in (None, "known", "amortised")):
         raise ConfigError(

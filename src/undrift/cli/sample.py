@@ -179,7 +179,7 @@ class SampleRun:
             return x, None
         particles, runs = self.particles or 256, self.runs or 2
         assert given.observation is not None
-        assert isinstance(given.diffusion, Diffusion)
+        assert not isinstance(given.diffusion, ModalDiffusion)
         assert isinstance(self.sampler, TableSampler)
         conditions: dict[str, Any] = given.each(runs * particles)
         found = twisted(

@@ -44,8 +44,9 @@ from tqdm import tqdm
 from undrift._journal import Entry, Journal, digest
 from undrift._weights import ancestors, effective_sample_size, log_mean_exp
 from undrift.denoise.base import per_sample
-from undrift.denoise.guidance import Guided, Parts, Potential
-from undrift.diffusion import Diffusion
+from undrift.denoise.guidance import Guided, Potential
+from undrift.diffusion import Diffusion, NoiseDiffusion
+from undrift.guided_noise import GuidedNoise, guide
 from undrift.observe import Observation
 from undrift.process.linear import mix
 from undrift.sample.particles import Particles
@@ -67,7 +68,7 @@ class Likelihood(Protocol):
 
 @torch.no_grad()
 def twisted(
-    diffusion: Diffusion,
+    diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
     likelihood: Likelihood | Callable[[Tensor], Tensor],
     potential: Potential | None,
     particles: int,
@@ -88,7 +89,7 @@ def twisted(
     """Draw from the posterior of a diffusion given an observation, by twisted sequential Monte Carlo.
 
     Args:
-        diffusion: the prior.
+        diffusion: the prior, of either kind.
         likelihood: an observation, which sees fields, or any callable from samples (batch, *event), as ``sample``
             returns them, to log p(y | x0) (batch,).
         potential: twisting function and guidance, see :class:`undrift.denoise.guidance.Potential`; positive where the
@@ -156,11 +157,11 @@ def _check(particles: int, shape: Sequence[int], resample: float, runs: int, bat
         raise ValueError(f"twisted: resample is a share of the particles, in [0, 1], got {resample}.")
 
 
-def _plan(diffusion: Diffusion, sampler: TableSampler | Plan) -> Plan:
-    if not isinstance(diffusion, Diffusion):
+def _plan(diffusion: Diffusion | NoiseDiffusion | GuidedNoise, sampler: TableSampler | Plan) -> Plan:
+    if not isinstance(diffusion, (Diffusion, NoiseDiffusion, GuidedNoise)):
         raise ValueError(
-            f"twisted: needs a Diffusion, whose denoiser can be guided, got {type(diffusion).__name__}; a network of "
-            "all channels has none."
+            f"twisted: needs a Diffusion or a NoiseDiffusion, which are guided at one noise level, got a "
+            f"{type(diffusion).__name__}."
         )
     if not isinstance(sampler, (Plan, TableSampler)):
         raise ValueError(
@@ -185,7 +186,7 @@ class _Walk:
 
     def __init__(
         self,
-        diffusion: Diffusion,
+        diffusion: Diffusion | NoiseDiffusion | GuidedNoise,
         likelihood: Likelihood | Callable[[Tensor], Tensor],
         potential: Potential | None,
         strength: float,
@@ -198,63 +199,71 @@ class _Walk:
         self.modes: FunctionSpace | None = None
         if isinstance(space, FunctionSpace) and not space.white:
             self.modes = space.in_coordinates("coefficients")
-        self.denoiser = diffusion.denoiser
-        self.guided = None if potential is None else Guided(diffusion.denoiser, potential, strength, space)
+        self.diffusion, self.strength = diffusion, strength
+        self.guided = None if potential is None else guide(diffusion, potential, strength)
         observed = getattr(likelihood, "log_likelihood", None)
         self.log_likelihood: Callable[[Tensor], Tensor] = likelihood  # type: ignore[assignment]
         if observed is not None:
             self.log_likelihood = lambda x: observed(space.decode(x))
-        self.readings = diffusion.reading(plan.times)
+        self.readings = (self.guided or diffusion).reading(plan.times)
+        self.levels = plan.process.sigma(plan.times)
         self.roots = lower_roots(plan)
         self.shifts = shifts(plan, self.roots)
 
-    def move(self, parts: Parts, sigma: Tensor) -> Tensor:
+    def move(self, slope: Tensor, sigma: Tensor) -> Tensor:
         """What guidance adds to a prediction, strength sigma^2 C grad log g, by the unit normals that would draw it.
 
         From the slope: the difference of two predictions, divided by the root of C, is rounding where modes are faint.
         """
-        assert self.guided is not None
-        slope = parts.slope
         if self.modes is not None:
             slope = self.modes.root(self.modes.encode(self.space.decode(self.space.gradient(slope))))
         level = per_sample(sigma, slope)
-        return level * (level * (self.guided.strength * slope))
+        return level * (level * (self.strength * slope))
+
+    def ask(self, z: Tensor, i: int, **condition: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The predicted starts (n, P, *event) at states z; the potential's log (n,) and its slope (n, *event)."""
+        reading = self.readings[i]
+        if self.guided is None:
+            start = self.diffusion.read(z, reading, **condition)
+            return start, start.new_zeros(len(z)), torch.zeros_like(start[:, 0])
+        if isinstance(self.guided, GuidedNoise):
+            said = self.guided.parts(z, reading, **condition)
+            return said.unguided, said.log_potential, said.slope
+        assert isinstance(self.guided.denoiser, Guided)
+        x = mix(reading[:-1].unsqueeze(0), z).squeeze(1)
+        parts = self.guided.denoiser.parts(x, reading[-1].to(x).expand(len(x)), **condition)
+        return parts.unguided.unsqueeze(1), parts.log_potential, parts.slope
 
     def parts(self, z: Tensor, i: int, bar: tqdm) -> tuple[Tensor, Tensor, Tensor]:
-        """The predictions at all states z (n, K, *event) at call i, what guidance adds to each, and log g (n,)."""
-        x = mix(self.readings[i, :-1].unsqueeze(0), z).squeeze(1)
+        """What the model says of all states z (n, K, *event) at call i.
+
+        Returns:
+            Predicted starts (n, P, *event); what guidance adds to the data's channel of each, in unit normals,
+            (n, 1, *event); and log g (n,).
+        """
         said = []
         for first in range(0, len(z), self.batch):
-            some = x[first : first + self.batch]
-            sigma = self.readings[i, -1].to(x).expand(len(some))
+            some = z[first : first + self.batch]
             condition = {
                 k: v[first : first + len(some)] if isinstance(v, Tensor) and v.ndim and len(v) == len(z) else v
                 for k, v in self.condition.items()
             }
-            if self.guided is None:
-                x0 = self.denoiser(some, sigma, **condition)
-                said.append((x0, torch.zeros_like(x0), x0.new_zeros(len(some))))
-            else:
-                parts = self.guided.parts(some, sigma, **condition)
-                said.append((parts.unguided, self.move(parts, sigma), parts.log_potential))
+            start, log_g, slope = self.ask(some, i, **condition)
+            move = self.move(slope, self.levels[i].to(slope)) if self.guided is not None else slope
+            said.append((start, move.unsqueeze(1), log_g))
             bar.update()
-        unguided, move, log_g = (torch.cat(part) for part in zip(*said, strict=True))
-        return unguided, move, log_g
+        starts, moves, log_g = (torch.cat(part) for part in zip(*said, strict=True))
+        return starts, moves, log_g
 
     def marks(self, noise: Tensor) -> dict[str, Any]:
         """Values by which models, guidance and likelihoods are told apart, at two starts; conditions as they are."""
         total, i = len(noise), self.plan.calls // 2
         z = mix(self.plan.prior, self.space.colour(noise[:2]))
-        x = mix(self.readings[i, :-1].unsqueeze(0), z).squeeze(1)
         condition = {
             k: v[:2] if isinstance(v, Tensor) and v.ndim and len(v) == total else v for k, v in self.condition.items()
         }
-        sigma = self.readings[i, -1].to(x).expand(len(x))
-        said: dict[str, Any] = {"likelihood": self.log_likelihood(z[:, 0])}
-        if self.guided is None:
-            said["prediction"] = self.denoiser(x, sigma, **condition)
-        else:
-            said |= self.guided.parts(x, sigma, **condition)._asdict()
+        start, log_g, slope = self.ask(z, i, **condition)
+        said = {"likelihood": self.log_likelihood(z[:, 0]), "start": start, "potential": log_g, "slope": slope}
         return said | {f"condition.{k}": v for k, v in self.condition.items()}
 
     def step(
@@ -265,8 +274,8 @@ class _Walk:
         Args:
             i: the row.
             z, before: states, and those before them.
-            past, moved: unguided predictions, and what guidance adds to each, in unit normals, newest first;
-                (n, 1, *event) each.
+            past, moved: unguided predictions (n, P, *event), and what guidance adds to the data's channel of each, in
+                unit normals, (n, 1, *event); newest first.
             generator: of the noise.
         """
         plan, root = self.plan, self.roots[i]
@@ -275,7 +284,7 @@ class _Walk:
             blocks.append(plan.A[i, 1])
             parts.append(before)
         for j, prediction in enumerate(past):
-            blocks.append(plan.B[i, j][:, :1])
+            blocks.append(plan.B[i, j][:, : self.diffusion.predictions])
             parts.append(prediction)
         columns = root.any(0)
         ratio = torch.zeros(len(z), dtype=torch.float64, device=z.device)
@@ -328,8 +337,8 @@ class _Walk:
                 unguided, move, g = self.parts(z, i, bar)
                 log_w = _gain(log_w, ratio + g.double() - value, f"call {i} of {plan.calls}")
                 value, dead = g.double(), (log_w == -math.inf).reshape(-1, *[1] * (move.ndim - 1))
-                past = [unguided.unsqueeze(1), *past[: plan.B.shape[1] - 1]]
-                moved = [move.masked_fill(dead, 0.0).unsqueeze(1), *moved[: plan.B.shape[1] - 1]]
+                past = [unguided, *past[: plan.B.shape[1] - 1]]
+                moved = [move.masked_fill(dead, 0.0), *moved[: plan.B.shape[1] - 1]]
                 ess.append(effective_sample_size(log_w))
                 due = ess[-1] < resample * m * (1 - 1e-12)
                 resampled.append(due)

@@ -230,7 +230,9 @@ class FunctionSpace(Space):
 
     def in_coordinates(self, coordinates: Coordinates) -> FunctionSpace:
         """The same space in other coordinates."""
-        return FunctionSpace(self.basis, self.spectrum, coordinates)
+        other = FunctionSpace(self.basis, self.spectrum, coordinates)
+        object.__setattr__(other, "_kept", self._kept)  # type: ignore[attr-defined]
+        return other
 
 
 def _basis_for(fields: Tensor, basis: Basis | None) -> Basis:
