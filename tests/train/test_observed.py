@@ -164,7 +164,9 @@ def test_images_and_classes_are_conditions_together():
     seen = torch.randn(4, 2, 8, 8)
     out = network(x, label, observed=seen, y=torch.tensor([0, 1, 2, -1]))
     torch.testing.assert_close(network(x, label, observed=seen[1], y=torch.tensor([1, 1, 1, 1]))[1], out[1])
-    assert float((network(x, label, observed=seen + 1, y=torch.tensor([0, 1, 2, -1])) - out).abs().max()) > 1e-3
+    assert (
+        float((network(x, label, observed=seen + 1, y=torch.tensor([0, 1, 2, -1])) - out).detach().abs().max()) > 1e-3
+    )
     data = Dataset("pairs", x, labels=torch.tensor([0, 1, 2, 0]), observed=seen)
     config = TrainConfig(steps=2, batch=4)
     assert Trainer(NetworkDenoiser(network), Denoising(), data, config).fit(progress=False).step == 2

@@ -47,7 +47,7 @@ def default_network(data: Dataset, channels: int = 1, space: Space | None = None
         return SpectralNet(
             space.basis,
             math.prod(event) // math.prod(grid) * channels,
-            modes=min(16, *grid),
+            modes=max(1, min(16, *(n // 2 for n in grid))),  # with all of a grid's modes a network writes beyond them
             condition_channels=told[0].numel() // math.prod(told.shape[-space.basis.dims :])
             if field_ and told is not None
             else 0,
