@@ -30,11 +30,11 @@ from undrift.inverse import (
     Posterior,
     PosteriorInformed,
     PriorCovariance,
+    extremes,
     find_mode,
     gaussian_w2,
     langevin,
     pcn,
-    stiffness,
     tempered,
 )
 from undrift.observe import Darcy1d, GaussianNoise, Observation, Points
@@ -116,7 +116,7 @@ def darcy() -> Rows:
         for proposal in ("pcn", "random-walk", "white-walk"):
             found = pcn(posterior, x, 400, 0.25, proposal, thin=400)
             out[proposal] = float(found.acceptance.mean())
-        b = stiffness(posterior, x[:32], 1e-3, PriorCovariance(space)) - 1
+        b = extremes(posterior, x[:32], 1e-3, PriorCovariance(space))[1] - 1
         out["b"] = {"median": float(b.median()), "largest": float(b.max())}
         runs = [
             ("crank-nicolson", 0.0125, None),

@@ -15,7 +15,7 @@ from undrift.inverse.pcn import Proposal, pcn
 from undrift.inverse.posterior import Likelihood, Posterior
 from undrift.inverse.preconditioner import PosteriorInformed, Preconditioner, PriorCovariance, find_mode
 from undrift.inverse.prior import DenoiserPrior, FieldMixture, Prior, RatioPrior
-from undrift.inverse.step import StepReport, StepTooLarge, check_step, stiffness
+from undrift.inverse.step import StepReport, StepTooLarge, check_step, extremes
 from undrift.inverse.tempered import LangevinMoves, PCNMoves, tempered
 
 __all__ = [
@@ -43,11 +43,11 @@ __all__ = [
     "StepTooLarge",
     "calibrate",
     "check_step",
+    "extremes",
     "find_mode",
     "gaussian_kl",
     "gaussian_w2",
     "langevin",
     "pcn",
-    "stiffness",
     "tempered",
 ]

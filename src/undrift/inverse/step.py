@@ -27,7 +27,7 @@ from undrift.inverse.posterior import Posterior, dot
 from undrift.inverse.preconditioner import Preconditioner
 from undrift.observe import Observation
 
-__all__ = ["StepReport", "StepTooLarge", "check_step", "extremes", "stiffness"]
+__all__ = ["StepReport", "StepTooLarge", "check_step", "extremes"]
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,6 @@ class StepTooLarge(ValueError):
             f"at iteration {report.iteration}, {report}. A step of {self.advised:.4g} would keep the product at "
             f"{trusted:g}; or take a posterior-informed preconditioner, Metropolised moves (pcn), or trust=inf."
         )
-
-
-def stiffness(
-    posterior: Posterior,
-    x: Tensor,
-    tau: float,
-    preconditioner: Preconditioner,
-    alpha: float = 1.0,
-    iterations: int = 15,
-    seed: int = 0,
-) -> Tensor:
-    """Largest eigenvalue h of the drift's negative Jacobian at each of the states x (batch, *event): (batch,).
-
-    See :func:`extremes`.
-    """
-    return extremes(posterior, x, tau, preconditioner, alpha, iterations, seed)[1]
 
 
 def extremes(
