@@ -70,7 +70,7 @@ from undrift.train import (
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 DRAWS = 19
 NOISE = 0.05
-PARTICLES = {"digits": (32, 256), "fashion": (32,)}
+PARTICLES = {"digits": (32, 256, 1024), "fashion": (32,)}
 PROCESSES = {"VP": VP, "VE": VE, "CLD": CLD, "PSLD": PSLD}
 
 
