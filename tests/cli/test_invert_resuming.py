@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from undrift.cli import invert, main, posteriors
+from undrift.cli import calibrating, invert, main
 from undrift.inverse import FieldMixture
 from undrift.observe import Observation
 
@@ -101,7 +101,7 @@ def test_a_calibration_goes_on_with_the_truth_it_had_reached(tmp_path, monkeypat
     flags = [*LINEAR, *flags, "--calibrate", 20]
     whole, out = tmp_path / "whole", tmp_path / "halves"
     assert run(*flags, "--out", whole) == 0
-    ranked, seen = posteriors._ranked, []
+    ranked, seen = calibrating._ranked, []
 
     def counted(one, problem):
         seen.append(one.seed)
@@ -109,7 +109,7 @@ def test_a_calibration_goes_on_with_the_truth_it_had_reached(tmp_path, monkeypat
             raise KeyboardInterrupt
         return ranked(one, problem)
 
-    monkeypatch.setattr(posteriors, "_ranked", counted)
+    monkeypatch.setattr(calibrating, "_ranked", counted)
     assert run(*flags, "--out", out) == 130
     assert "Continue with: " in capsys.readouterr().err
     assert sorted(f.name for f in out.glob("state*")) == ["state-calibration.safetensors", "state.safetensors"]

@@ -35,7 +35,7 @@ def test_vp_quantiles():
 
 @pytest.mark.parametrize("name", list(mdm.TIME_ADAPTED))
 def test_adapted_times(name):
-    """T15. The sheet's totals carry the error of a covariance in float64, 1.5e-7; ALDA's are off by 1e-7 of it."""
+    """T15. Totals made beforehand carry the error of a covariance in float64, 1.5e-7; ALDA's are off by 1e-7 of it."""
     total, median = mdm.TIME_ADAPTED[name]
     process = PROCESSES[name]
     assert float(FINE.draw(process, 1e-3, torch.tensor([0.5]).double())[0]) == pytest.approx(median, rel=2e-7)

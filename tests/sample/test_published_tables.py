@@ -138,7 +138,7 @@ def test_design_sheet_spectrum_table(method, kind):
         p = spectrum + 0.002**2
         got_kl = float(0.5 * (p / q - 1 + (q / p).log()).sum())  # KL(data, samples)
         got_w2 = float((p.sqrt() - q.sqrt()).square().sum().sqrt())
-        # The sheet prints three digits (two for the smallest).
+        # What was computed beforehand has three digits (two for the smallest).
         assert got_kl == pytest.approx(kl, rel=0.012, abs=6e-5)
         assert got_w2 == pytest.approx(w2, rel=0.012, abs=6e-4)
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from undrift._journal import Journal
 from undrift.cli.arguments import to_yaml
+from undrift.cli.calibrating import calibration_of
 from undrift.cli.common import Clock, check_applies, diffusion_of, finish, open_checkpoint
-from undrift.cli.conditioning import potential_of, try_potential
 from undrift.cli.given import pick, read_array, read_event, seen
-from undrift.cli.posteriors import by_chains, by_particles, calibration_of, kept_draws, prior_draws, record_of, started
+from undrift.cli.inverted import record_of
+from undrift.cli.posteriors import by_chains, by_particles, kept_draws, prior_draws, started
+from undrift.cli.potentials import potential_of, try_potential
 from undrift.cli.resuming import begin_or_resume, interruptible
 from undrift.cli.rules import Twisting
 from undrift.cli.sample import say

@@ -20,7 +20,8 @@ from undrift.cli.common import (
     modal_of,
     open_checkpoint,
 )
-from undrift.cli.conditioning import Conditioned, condition, evidence
+from undrift.cli.conditioned import Conditioned, evidence
+from undrift.cli.conditioning import condition
 from undrift.cli.rules import Method, Twisting, check
 from undrift.config import ConfigError
 from undrift.diffusion import Diffusion, NoiseDiffusion
