@@ -62,6 +62,8 @@ class Journal:
         apart: what tells runs apart, in words.
         keep: leave the file where it is when the run is complete; the same run then finds its end there.
 
+    Within ``with journal:`` a run notes its states, and the newest is written at the end, whatever ended it.
+
     Attributes:
         earlier: seconds that the run had taken when it was interrupted.
     """
@@ -79,6 +81,7 @@ class Journal:
         self._apart, self._keep = apart, keep
         self._began = self._last = time.monotonic()
         self._pause, self.earlier = every, 0.0
+        self._noted: Entry | None = None
 
     @classmethod
     def of(cls, checkpoint: str | Path | Journal | None, identity: Callable[[], str], apart: str) -> Journal:
@@ -109,9 +112,22 @@ class Journal:
         self.earlier = description.get("seconds", 0.0)
         return tensors, description["state"]
 
-    def write(self, state: Entry | None, force: bool = False) -> None:
-        """Write ``state()``, if there is one, and the last write is long enough ago, or forced."""
-        if self._path is None or state is None or not (force or time.monotonic() - self._last >= self._pause):
+    def __enter__(self) -> Journal:
+        self._noted = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._noted is not None:
+            self.write(self._noted, force=True)
+
+    def note(self, state: Entry) -> None:
+        """Remember a state, and write it if the last write is long enough ago."""
+        self._noted = state
+        self.write(state)
+
+    def write(self, state: Entry, force: bool = False) -> None:
+        """Write ``state()`` if the last write is long enough ago, or forced."""
+        if self._path is None or not (force or time.monotonic() - self._last >= self._pause):
             return
         began = time.monotonic()
         tensors, plain = state()

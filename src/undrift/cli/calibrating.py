@@ -73,17 +73,11 @@ def _one_by_one(run: InvertRun, problem: Problem, experiment: Observation, journ
         known = [*each]
         return lambda: ({"draws": torch.stack(known)}, {})
 
-    safe: Entry | None = None
-    try:
+    with journal:
         for i in tqdm(range(len(each), n), disable=not progress, desc="calibration", initial=len(each), total=n):
             one = dataclasses.replace(problem, observation=Observation(run.observe, run.noise, experiment.y[i]))
             each.append(_ranked(dataclasses.replace(run, seed=run.seed + 100 * (i + 1)), one))
-            safe = snapshot()
-            journal.write(safe)
-        journal.write(safe, force=True)
-    except BaseException:
-        journal.write(safe, force=True)
-        raise
+            journal.note(snapshot())
     return torch.stack(each)
 
 

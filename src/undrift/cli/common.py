@@ -20,6 +20,7 @@ from undrift.denoise import NetworkClassifier, NetworkDenoiser
 from undrift.diffusion import Diffusion, NoiseDiffusion
 from undrift.guided_noise import GuidedNoise
 from undrift.modal_diffusion import ModalDiffusion
+from undrift.networks.base import takes_observed
 from undrift.process import VP, LinearProcess
 from undrift.report import Tones, label, samples_figure, write_bytes, write_npz, write_provenance
 from undrift.sample import ProbabilityFlow, Sampler, TableSampler
@@ -150,7 +151,7 @@ class Checkpoint:
     @property
     def told(self) -> bool:
         """Whether the network takes what was observed of a point."""
-        return any(getattr(self.network, f"condition_{kind}", 0) for kind in ("channels", "features"))
+        return takes_observed(self.network)
 
     def check_prior(self, what: str, instead: str) -> None:
         """See that the model makes points without being told of an observation.

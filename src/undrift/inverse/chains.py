@@ -1,4 +1,4 @@
-"""What parallel chains give back and leave on their way: their states, what was recorded, and whether they agree."""
+"""What parallel chains give back: their states, what was recorded on the way, and whether they agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from undrift.inverse.posterior import Posterior
 from undrift.inverse.step import StepReport
 from undrift.space import FunctionSpace, Space
 
@@ -111,33 +110,3 @@ class Chains:
         if self.acceptance is not None and float(self.acceptance.min()) < 0.01:
             out.append(f"A chain accepted {float(self.acceptance.min()):.2g} of its moves: take a smaller beta.")
         return out
-
-
-# -- what a journal holds of them --------------------------------------------------------------------------------------
-
-APART = "posterior, start, setting or seed"
-"""What tells runs apart, in words."""
-
-
-def marks(posterior: Posterior, start: Tensor) -> dict[str, Any]:
-    """Values by which runs on other posteriors, or from other starts (n, *event), are told apart."""
-    space = posterior.space
-    probe = torch.arange(start[0].numel(), dtype=start.dtype, device=start.device).cos().reshape(1, *start.shape[1:])
-    points = start.detach() + space.colour(probe)
-    with torch.no_grad():
-        likelihood, slope = posterior.log_likelihood(points), posterior.prior.slope(points[:2], 0.1)
-    return {"space": space, "start": start, "likelihood": likelihood, "slope": slope, "probe": points[:1]}
-
-
-def packed(states: list[Tensor], likelihoods: list[Tensor]) -> dict[str, Tensor]:
-    """States kept so far and their log-likelihoods, as tensors."""
-    lists = {"states": states, "likelihoods": likelihoods}
-    return {name: torch.stack(values, 1) for name, values in lists.items() if values}
-
-
-def unpacked(tensors: dict[str, Tensor], place: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """The inverse of :func:`packed`."""
-    states, likelihoods = (
-        list(tensors[name].to(place).unbind(1)) if name in tensors else [] for name in ("states", "likelihoods")
-    )
-    return states, likelihoods

@@ -34,7 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift._journal import Entry, Journal, digest
-from undrift.inverse.chains import APART, Chains, marks, packed, unpacked
+from undrift.inverse._resuming import APART, marks, packed, unpacked
+from undrift.inverse.chains import Chains
 from undrift.inverse.gaussian import Scheme
 from undrift.inverse.posterior import Posterior
 from undrift.inverse.preconditioner import Preconditioner, PriorCovariance
@@ -219,32 +220,29 @@ def langevin(
         x, first, pending = tensors["x"].to(x.device), plain["k"], plain["pending"]
         kept, likelihoods = unpacked(tensors, x.device)
         reports += [StepReport(step, scheme, b, most, int(k)) for b, most, k in tensors["reports"].tolist()]
-    safe: Entry | None = None
     complete = True
     try:
-        for k in tqdm(range(first, steps), disable=not progress, desc="Langevin", initial=first, total=steps):
-            if k in due:
-                _require_finite(x, k)
-                look(k)
-            tau, alpha = annealing.at(k, steps)
-            xi = torch.empty_like(x).normal_(generator=generator)
-            new, likelihood = advance(posterior, x, step, xi, tau, k_matrix, scheme, alpha)
-            if pending:  # of the state kept before this step
-                likelihoods.append(likelihood)
-            x = new
-            pending = k >= warmup and (k - warmup + 1) % thin == 0
-            if pending:
-                kept.append(x.clone())
-            if journal.active:
-                safe = snapshot(k + 1)
-                journal.write(safe)
-        journal.write(safe, force=True)
+        with journal:
+            for k in tqdm(range(first, steps), disable=not progress, desc="Langevin", initial=first, total=steps):
+                if k in due:
+                    _require_finite(x, k)
+                    look(k)
+                tau, alpha = annealing.at(k, steps)
+                xi = torch.empty_like(x).normal_(generator=generator)
+                new, likelihood = advance(posterior, x, step, xi, tau, k_matrix, scheme, alpha)
+                if pending:  # of the state kept before this step
+                    likelihoods.append(likelihood)
+                x = new
+                pending = k >= warmup and (k - warmup + 1) % thin == 0
+                if pending:
+                    kept.append(x.clone())
+                if journal.active:
+                    journal.note(snapshot(k + 1))
     except StepTooLarge:
         journal.discard()
         raise
-    except BaseException as error:
-        journal.write(safe, force=True)
-        if journal.active or not kept or not isinstance(error, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        if journal.active or not kept:
             raise
         complete = False
     _require_finite(x, steps)

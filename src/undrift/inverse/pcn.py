@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from undrift._journal import Entry, Journal, digest
-from undrift.inverse.chains import APART, Chains, marks, packed, unpacked
+from undrift.inverse._resuming import APART, marks, packed, unpacked
+from undrift.inverse.chains import Chains
 from undrift.inverse.posterior import Posterior, dot, pull_back, push_forward_inverse, whiten
 from undrift.inverse.preconditioner import Preconditioner, PriorCovariance
 from undrift.space import FunctionSpace
@@ -254,29 +255,25 @@ def pcn(
         parts = {name: tensors.get(f"point.{name}") for name in _Point._fields}
         point = _Point(**{name: None if v is None else v.to(start.device) for name, v in parts.items()})  # type: ignore[arg-type]
         kept, likelihoods = unpacked(tensors, start.device)
-    safe: Entry | None = None
-    k = first - 1
+    complete, k = True, first - 1
     try:
-        for k in tqdm(range(first, steps), disable=not progress, desc=proposal, initial=first, total=steps):
-            point, moved = kernel.move(point, beta, generator)
-            if k < warmup:
-                if target is not None:
-                    gain = (float(moved.double().mean()) - target) / math.sqrt(k + 1)
-                    beta = beta * math.exp(gain)
-                    beta = min(beta, 0.999) if proposal in ("pcn", "pcnl") else beta
-            else:
-                accepted = accepted + moved
-                if (k - warmup + 1) % thin == 0:
-                    kept.append(point.x.clone())
-                    likelihoods.append(point.log_likelihood)
-            if journal.active:
-                safe = snapshot(k + 1)
-                journal.write(safe)
-        journal.write(safe, force=True)
-        complete = True
-    except BaseException as error:
-        journal.write(safe, force=True)
-        if journal.active or not kept or not isinstance(error, KeyboardInterrupt):
+        with journal:
+            for k in tqdm(range(first, steps), disable=not progress, desc=proposal, initial=first, total=steps):
+                point, moved = kernel.move(point, beta, generator)
+                if k < warmup:
+                    if target is not None:
+                        gain = (float(moved.double().mean()) - target) / math.sqrt(k + 1)
+                        beta = beta * math.exp(gain)
+                        beta = min(beta, 0.999) if proposal in ("pcn", "pcnl") else beta
+                else:
+                    accepted = accepted + moved
+                    if (k - warmup + 1) % thin == 0:
+                        kept.append(point.x.clone())
+                        likelihoods.append(point.log_likelihood)
+                if journal.active:
+                    journal.note(snapshot(k + 1))
+    except KeyboardInterrupt:
+        if journal.active or not kept:
             raise
         complete = False
     made = max(1, k + 1 - warmup)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from undrift._journal import Entry, Journal, digest
 from undrift._weights import effective_sample_size, log_mean_exp
 from undrift.density.schedule import AdaptiveLevels, Levels, Resampling, conditional_ess
-from undrift.inverse.chains import APART, marks
+from undrift.inverse._resuming import APART, marks
 from undrift.inverse.langevin import TRUSTED, advance
 from undrift.inverse.pcn import Kernel
 from undrift.inverse.posterior import Posterior
@@ -178,21 +178,16 @@ def tempered(
         generator.set_state(tensors.pop("generator"))
         parts: dict[str, Any] = {name: value.to(draws.device) for name, value in tensors.items()}
         state = _State(**parts, **plain)
-    safe: Entry | None = None
+    bar = tqdm(total=1.0, initial=state.phi, disable=not progress, desc="tempering", bar_format=_BAR)
     try:
-        with tqdm(total=1.0, initial=state.phi, disable=not progress, desc="tempering", bar_format=_BAR) as bar:
+        with bar, journal:
             while state.phi < 1:
                 state = _risen(state, posterior, moves, levels, resampling, generator)
                 bar.update(state.phi - bar.n)
                 if journal.active:
-                    safe = snapshot(state)
-                    journal.write(safe)
-        journal.write(safe, force=True)
+                    journal.note(snapshot(state))
     except StepTooLarge:
         journal.discard()
-        raise
-    except BaseException:
-        journal.write(safe, force=True)
         raise
     journal.close()
     log_w, log_z = state.log_w, state.log_z + log_mean_exp(state.log_w)

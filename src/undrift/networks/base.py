@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FourierFeatures", "Network", "absence", "batched", "told"]
+__all__ = ["FourierFeatures", "Network", "absence", "batched", "takes_observed", "told"]
 
 
 class Network(nn.Module, ABC):
@@ -91,6 +91,11 @@ def batched(observed: Tensor, batch: int, expected: Sequence[int | None], owner:
             f"got {shape}."
         )
     return observed.expand(batch, *tail)
+
+
+def takes_observed(network: object) -> bool:
+    """Whether a network takes what was ``observed`` of a point."""
+    return any(getattr(network, f"condition_{kind}", 0) for kind in ("channels", "features"))
 
 
 def told(

@@ -20,7 +20,8 @@ class Particles:
     Attributes:
         x: (n, *event), n = runs times particles.
         log_weights: (n,), float64, normalised over all runs.
-        run_log_evidence: log of each run's unbiased estimate of p(y), (runs,); runs are independent.
+        run_log_evidence: log of each run's estimate of p(y), (runs,): unbiased for twisted sampling, and for tempering
+            at fixed levels and moves; runs are independent but for those that tempering finds for all at once.
         ess_path: effective sample size of each run before every call, and at the end, (calls + 1, runs).
         resampled: where a run was resampled, (calls + 1, runs); never at the end.
         lineage: which start each particle descends from, (runs, particles).
@@ -46,7 +47,7 @@ class Particles:
 
     @property
     def log_evidence(self) -> float:
-        """log of an unbiased estimate of p(y) under the sampler's own law."""
+        """log of the mean of the runs' estimates of p(y), under the sampler's own law."""
         return pooled(self.run_log_evidence)[0]
 
     @property

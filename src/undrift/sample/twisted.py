@@ -305,7 +305,6 @@ class _Walk:
         m, place = total // runs, noise.device
         found = journal.read()
         first = 0
-        safe: Entry | None = None
         past: list[Tensor] = []
         moved: list[Tensor] = []
         ess: list[Tensor] = []
@@ -332,7 +331,7 @@ class _Walk:
             lists = {"past": [*past], "moved": [*moved], "ess": [*ess], "resampled": [*resampled]}
             return lambda: (now | {name: torch.stack(each) for name, each in lists.items()}, {"i": i})
 
-        try:
+        with journal:
             for i in range(first, plan.calls):
                 unguided, move, g = self.parts(z, i, bar)
                 log_w = _gain(log_w, ratio + g.double() - value, f"call {i} of {plan.calls}")
@@ -353,12 +352,7 @@ class _Walk:
                 after, ratio = self.step(i, z, before, past, moved, generator)
                 before, z = z, after
                 if journal.active:
-                    safe = snapshot(i + 1)
-                    journal.write(safe)
-            journal.write(safe, force=True)
-        except BaseException:
-            journal.write(safe, force=True)
-            raise
+                    journal.note(snapshot(i + 1))
         x = z[:, 0]
         last = torch.cat([self.log_likelihood(some) for some in x.split(self.batch)])
         if last.shape != (total,):

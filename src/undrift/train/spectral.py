@@ -44,8 +44,7 @@ class SpectralDenoising(Objective):
         ):
             raise ValueError(
                 f"SpectralDenoising: the clock has levels from {model.sigma_min:g} to {model.sigma_max:g}, and noise "
-                f"draws others, from {float(sigma.min()):.4g} to {float(sigma.max()):.4g}; leave "
-                "noise out."
+                f"draws others, from {float(sigma.min()):.4g} to {float(sigma.max()):.4g}; leave noise out."
             )
         xi = torch.empty_like(x).normal_(generator=generator)
         return model.misfit(x, sigma, xi, **condition), sigma

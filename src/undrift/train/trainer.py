@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from undrift.config import describe
 from undrift.container import CheckpointError, read_file
+from undrift.networks.base import takes_observed
 from undrift.train.checkpoint import Model, build_model, describe_model, parts_of, save, with_parts, write_model
 from undrift.train.config import TrainConfig
 from undrift.train.data import Dataset, DataSource
@@ -354,9 +355,8 @@ def check_observed(network: Any, data: Dataset, dropout: float) -> None:
         ValueError: if the network is told what the data do not say, if observations are dropped that are not there or
             that the network cannot do without, or if it could and none are dropped.
     """
-    sizes = (getattr(network, f"condition_{kind}", 0) for kind in ("channels", "features"))
     optional = bool(getattr(network, "condition_optional", False))
-    if data.observed is None and (optional or any(sizes)):
+    if data.observed is None and (optional or takes_observed(network)):
         raise ValueError(
             f"Trainer: the network is conditioned on what was observed, but {data.name} has no observations; "
             "give its Dataset observed=, or wrap its source in Simulated."
