@@ -216,6 +216,7 @@ def test_a_network_that_may_be_told_nothing_makes_prior_posterior_and_beyond(fol
         (["evaluate", "--run", always, *ring, "--likelihood", 4], "give pairs, as in --holdout '{type: Simulated"),
         (["compare", always, *ring], "undrift compare tells it nothing"),
         (["design", "--run", always, *ring], "undrift design tells it nothing"),
+        (["invert", always], "undrift invert tells it nothing"),
     ):
         assert main([*map(str, command), "--out", str(tmp_path / "no")]) == 2
         error = capsys.readouterr().err
@@ -310,6 +311,9 @@ def test_a_clock_of_modes_is_trained_and_walked(folder, tmp_path, capsys):
     train = ["train", "--data", f"{{type: Npz, path: {tmp_path / 'f.npz'}}}", "--space", "data", "--clock", "Blurring"]
     assert run(*train, "--out", tmp_path / "no") == 2
     assert "clock: a clock of modes is trained with --objective SpectralDenoising" in capsys.readouterr().err
+    assert run(*train, "--objective", "SpectralDenoising", "--process", "VE", "--out", tmp_path / "no") == 2
+    assert "process: ModalDiffusion: the clock's modes reach" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists(), "before any work"
     network = ["--network", "{type: SpectralNet, width: 4, modes: 4, depth: 1}"]
     place, out = tmp_path / "r", tmp_path / "o"
     flags = ["--objective", "SpectralDenoising", "--train.steps", 3, *STEPS, *network, "--out", place]

@@ -249,6 +249,7 @@ class InvertRun:
                 raise ConfigError(f"grid: the prior has {space.basis.dims} axes, got {event}.")
         else:
             checkpoint = open_checkpoint(self.run)
+            checkpoint.check_prior("undrift invert", "give the data to undrift sample, whose answer is the posterior")
             opened = diffusion_of(checkpoint, self.process)
             if not isinstance(opened, Diffusion) or not isinstance(opened.space, FunctionSpace):
                 raise ConfigError(

@@ -183,6 +183,11 @@ class TrainRun:
         except ValueError as error:
             raise ConfigError(f"train.observed_dropout: {error}") from error
         _try(model, data)
+        if self.samples and isinstance(model, SpectralDenoiser):
+            try:
+                _shown(model, self.process)
+            except ValueError as error:
+                raise ConfigError(f"process: {error}") from error
         if not self.resume:
             begin(self, out, _FILES, self.overwrite, "--resume to continue it, ")
         tones = Tones.of(data)
