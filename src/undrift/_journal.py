@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = ["Entry", "Journal", "digest"]
 Entry = Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 """Makes tensors and plain facts of a state that was remembered; later changes to the run do not touch them."""
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # another in every process
 _SHARE = 20.0  # a write may take a twentieth of the time
 
 
@@ -27,15 +29,15 @@ def digest(**settings: Any) -> str:
     """What makes two runs the same.
 
     Numbers and described objects count exactly, arrays of floats by two sums to six digits, which another number of
-    threads does not change. An object without a description counts by its class: say more of it by its values at fixed
-    points.
+    threads does not change. An object without a description counts by what it prints: where that says little, give its
+    values at fixed points as well.
     """
     plain: dict[str, Any] = {}
     for key, value in settings.items():
         try:
             plain[key] = _sums(value) if isinstance(value, Tensor) else describe(value)
         except ConfigError:
-            plain[key] = type(value).__name__
+            plain[key] = _ADDRESS.sub("", repr(value))
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Chains and particles that are interrupted, and end as if they had not been."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -261,3 +262,19 @@ def test_a_digest_is_of_values_not_of_rounding_or_addresses():
     ):
         settings = {"x": x, "f": lambda: 1, "annealing": ANNEALING, "seed": torch.arange(4, dtype=torch.uint8)}
         assert digest(**settings | other) != base
+
+
+def test_where_an_object_lies_in_memory_is_no_part_of_a_run():
+    """Or no process but the first could go on with it; what else an object prints is one."""
+
+    class Unknown:
+        pass
+
+    @dataclasses.dataclass(eq=False)
+    class Holds:
+        what: Unknown
+        size: int = 1
+
+    one, other = Unknown(), Unknown()
+    assert repr(one) != repr(other)
+    assert digest(move=Holds(one)) == digest(move=Holds(other)) != digest(move=Holds(one, 2))
